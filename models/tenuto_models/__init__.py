@@ -1,0 +1,29 @@
+"""Memory models in pure torch: the DNC and Frameconv cores, the policy around them, and the checkpoint format."""
+
+from tenuto_models.checkpoint import Checkpoint, TrainingProgress
+from tenuto_models.dnc import DNCConfig, DNCCore
+from tenuto_models.errors import CheckpointError, ConfigError, ModelError
+from tenuto_models.frameconv import FrameconvConfig, FrameconvCore
+from tenuto_models.memory import MemoryCore, State, StateSpec, TensorSpec
+from tenuto_models.policy import Policy, PolicyConfig, PolicyOutput
+from tenuto_models.popgym import import_popgym
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "DNCConfig",
+    "DNCCore",
+    "FrameconvConfig",
+    "FrameconvCore",
+    "MemoryCore",
+    "ModelError",
+    "Policy",
+    "PolicyConfig",
+    "PolicyOutput",
+    "State",
+    "StateSpec",
+    "TensorSpec",
+    "TrainingProgress",
+    "import_popgym",
+]

@@ -1,0 +1,243 @@
+"""A checkpoint: ``<repository>/<policy>/<version>/`` with ``weights.safetensors`` and ``manifest.json``.
+
+The only thing that the trainer and the server share. :func:`write` makes a version appear whole or not at all;
+:func:`read` verifies every byte of it before anything is used. There is no pickle in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from tenuto_models import spaces
+from tenuto_models.errors import CheckpointError, ConfigError
+from tenuto_models.memory import StateSpec
+from tenuto_models.policy import Policy, PolicyConfig
+
+FORMAT_VERSION = 1
+WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+FLATTENING = "gymnasium.spaces.flatten"
+_POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
+_MANIFEST_KEYS = {
+    "format_version", "policy_name", "version", "config", "observation_space", "action_space", "flattening",
+    "state_spec", "state_fingerprint", "training", "created_unix_s", "weights_sha256", "manifest_sha256",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where training stood when a version was published."""
+
+    env_steps: int = 0
+    """Environment steps taken so far."""
+    iteration: int = 0
+    """Training iterations finished so far."""
+    return_mean: float | None = None
+    """Mean episode return of the last iteration; None before an episode ended."""
+    best_return: float | None = None
+    """Best return_mean of the run so far, this version included."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory."""
+
+    policy_name: str
+    version: int
+    policy: Policy
+    training: TrainingProgress
+    created_unix_s: float
+
+
+def write(
+    repository: Path, policy_name: str, policy: Policy, training: TrainingProgress, version: int | None = None
+) -> Path:
+    """Publish a version and return its folder. Without ``version`` it is the highest present + 1.
+
+    The folder appears by one rename after everything in it is on disk. Raises CheckpointError if the name is not
+    usable, the version exists, or a weight is not finite.
+    """
+    if not _POLICY_NAME.fullmatch(policy_name):
+        raise CheckpointError(f"policy name: got {policy_name!r}, expected {_POLICY_NAME.pattern}")
+    weights = {k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()}
+    _require_finite(weights)
+    payload = save_safetensors(weights)
+    folder = repository / policy_name
+    folder.mkdir(parents=True, exist_ok=True)
+    version = version if version is not None else max(versions(folder), default=0) + 1
+    target = folder / str(version)
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "policy_name": policy_name,
+        "version": version,
+        "config": policy.config.to_json(),
+        "observation_space": spaces.to_json(policy.observation_space),
+        "action_space": spaces.to_json(policy.action_space),
+        "flattening": FLATTENING,
+        "state_spec": _spec_to_json(policy.state_spec),
+        "state_fingerprint": policy.state_fingerprint,
+        "training": asdict(training),
+        "created_unix_s": time.time(),
+        "weights_sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    manifest["manifest_sha256"] = _manifest_sha256(manifest)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=folder))
+    try:
+        _write_synced(temporary / WEIGHTS, payload)
+        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+        temporary.chmod(0o755)
+        _sync_folder(temporary)
+        if target.exists():
+            raise CheckpointError(f"{target}: version {version} exists already; versions are never overwritten")
+        # Renaming onto a non-empty folder fails, so a version that appears meanwhile is not overwritten either.
+        temporary.rename(target)
+        _sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{target}: could not be published ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def read(folder: Path) -> Checkpoint:
+    """Load one version strictly. Raises CheckpointError naming the first thing that is wrong; executes nothing."""
+    manifest = _read_manifest(folder)
+    try:
+        payload = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {WEIGHTS} cannot be read ({error.strerror})") from error
+    digest = hashlib.sha256(payload).hexdigest()
+    if digest != manifest["weights_sha256"]:
+        raise CheckpointError(
+            f"{folder}: {WEIGHTS} sha256: got {digest}, expected {manifest['weights_sha256']} (truncated or changed)"
+        )
+    try:
+        policy = Policy(
+            spaces.from_json(manifest["observation_space"]),
+            spaces.from_json(manifest["action_space"]),
+            PolicyConfig.from_json(manifest["config"]),
+        )
+        training = TrainingProgress(**manifest["training"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    spec = _spec_to_json(policy.state_spec)
+    if manifest["state_spec"] != spec or manifest["state_fingerprint"] != policy.state_fingerprint:
+        raise CheckpointError(f"{folder}: state_spec: got {manifest['state_spec']}, expected {spec} for this config")
+    try:
+        weights = load_safetensors(payload)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: {WEIGHTS} is not a safetensors file ({error})") from error
+    _load_strictly(folder, policy, weights)
+    return Checkpoint(manifest["policy_name"], manifest["version"], policy, training, manifest["created_unix_s"])
+
+
+def versions(folder: Path) -> list[int]:
+    """Return the version numbers below ``<repository>/<policy>``, ascending; unfinished writes are not among them."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if _VERSION.fullmatch(p.name) and p.is_dir())
+
+
+def policies(repository: Path) -> list[str]:
+    """Return the names of the policies that have at least one version in the repository, sorted."""
+    if not repository.is_dir():
+        return []
+    names = (p.name for p in repository.iterdir() if _POLICY_NAME.fullmatch(p.name))
+    return sorted(name for name in names if versions(repository / name))
+
+
+def best_return(repository: Path, policy_name: str) -> float | None:
+    """Return the best training return that any readable manifest of the policy knows."""
+    known = [progress.best_return for progress in _progress_of_versions(repository / policy_name)]
+    return max((r for r in known if r is not None), default=None)
+
+
+def _progress_of_versions(folder: Path) -> Iterator[TrainingProgress]:
+    for version in versions(folder):
+        try:
+            yield TrainingProgress(**_read_manifest(folder / str(version))["training"])
+        except (CheckpointError, TypeError):
+            continue  # A version that no server would load has no say in what is best.
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {MANIFEST} is not JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        got = manifest.get("format_version") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{folder}: format_version: got {got!r}, expected {FORMAT_VERSION}")
+    if set(manifest) != _MANIFEST_KEYS:
+        raise CheckpointError(f"{folder}: manifest keys: got {sorted(manifest)}, expected {sorted(_MANIFEST_KEYS)}")
+    if manifest["manifest_sha256"] != _manifest_sha256(manifest):
+        raise CheckpointError(f"{folder}: {MANIFEST} does not match its own manifest_sha256 (changed by hand?)")
+    for key, value in (("version", folder.name), ("policy_name", folder.parent.name)):
+        if str(manifest[key]) != value:
+            raise CheckpointError(f"{folder}: {key}: got {manifest[key]!r}, expected {value!r}, the folder's name")
+    if manifest["flattening"] != FLATTENING:
+        raise CheckpointError(f"{folder}: flattening: got {manifest['flattening']!r}, expected {FLATTENING!r}")
+    return manifest
+
+
+def _load_strictly(folder: Path, policy: Policy, weights: dict[str, torch.Tensor]) -> None:
+    own = policy.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise CheckpointError(f"{folder}: missing tensors: {missing}")
+    if extra := sorted(weights.keys() - own.keys()):
+        raise CheckpointError(f"{folder}: unexpected tensors: {extra}")
+    for name, tensor in weights.items():
+        got, expected = (tuple(tensor.shape), tensor.dtype), (tuple(own[name].shape), own[name].dtype)
+        if got != expected:
+            raise CheckpointError(f"{folder}: tensor {name}: got {got}, expected {expected}")
+    _require_finite(weights)
+    policy.load_state_dict(weights)
+
+
+def _require_finite(weights: dict[str, torch.Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"tensor {name}: got NaN or infinity, expected finite weights")
+
+
+def _spec_to_json(spec: StateSpec) -> list[dict[str, Any]]:
+    return [
+        {"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in spec
+    ]
+
+
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    rest = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_synced(path: Path, payload: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,20 @@
+"""Errors of the models package.
+
+ModelError
+├── ConfigError      a configuration value or space that no policy can be built from
+└── CheckpointError  a checkpoint that must not be used: broken, truncated, tampered with or mismatched
+"""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """Base of every error that this package raises on purpose. The text says what, got, expected."""
+
+
+class ConfigError(ModelError, ValueError):
+    """A configuration value, an unknown key or a space that no policy can be built from."""
+
+
+class CheckpointError(ModelError):
+    """A checkpoint that must not be used; nothing of it was loaded."""
