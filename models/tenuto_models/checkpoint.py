@@ -218,9 +218,7 @@ def _require_finite(weights: dict[str, torch.Tensor]) -> None:
 
 
 def _spec_to_json(spec: StateSpec) -> list[dict[str, Any]]:
-    return [
-        {"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in spec
-    ]
+    return [{"name": t.name, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for t in spec]
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:

@@ -120,9 +120,7 @@ def distribution_for(space: spaces.Space[Any]) -> ActionDistribution:
     if isinstance(space, spaces.Discrete):
         return Categoricals([int(space.n)], [int(space.start)], (), torch.int64)
     if isinstance(space, spaces.MultiDiscrete):
-        return Categoricals(
-            space.nvec.ravel().tolist(), space.start.ravel().tolist(), tuple(space.shape), torch.int64
-        )
+        return Categoricals(space.nvec.ravel().tolist(), space.start.ravel().tolist(), tuple(space.shape), torch.int64)
     if isinstance(space, spaces.MultiBinary):
         bits = int(np.prod(space.shape))
         return Categoricals([2] * bits, [0] * bits, tuple(space.shape), torch.int8)

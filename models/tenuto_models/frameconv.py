@@ -54,9 +54,7 @@ class FrameconvCore(nn.Module):
         frames = torch.cat([state["window"], z.unsqueeze(1)], dim=1)
         return self.conv(frames.flatten(1)), {"window": frames[:, 1:]}
 
-    def unroll(
-        self, z: Tensor, state: State, seq_lens: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def unroll(self, z: Tensor, state: State, seq_lens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Advance a padded sequence: ``z [B, T, F]`` -> ``(y [B, T, H], state after seq_lens)``."""
         kept, length = self.stack_size - 1, z.shape[1]
         frames = torch.cat([state["window"], z], dim=1)

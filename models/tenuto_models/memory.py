@@ -47,9 +47,7 @@ class MemoryCore(Protocol):
         """Advance one step: ``z [B, F]`` and the state before it -> ``(y [B, D], state after it)``."""
         ...
 
-    def unroll(
-        self, z: Tensor, state: State, seq_lens: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def unroll(self, z: Tensor, state: State, seq_lens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Advance a padded sequence: ``z [B, T, F]``, ``seq_lens [B]`` -> ``(y [B, T, D], state)``.
 
         The state returned for row b is the one after its step ``seq_lens[b]``; what stands in the padding

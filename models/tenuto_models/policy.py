@@ -1,4 +1,4 @@
-"""The policy: feature map, positional embedding, memory core, actor and critic heads, as POPGym's baselines arrange them.
+"""The policy: feature map, positional embedding, memory core, actor and critic heads, arranged as in POPGym's baselines.
 
 Legend: B rows, T time steps, O flattened observation, F features, D core output, K logits.
 """
@@ -22,7 +22,10 @@ from tenuto_models.errors import ConfigError
 from tenuto_models.frameconv import FrameconvConfig
 from tenuto_models.memory import MemoryCore, State, StateSpec, TensorSpec, initial_state, state_fingerprint
 
-MEMORIES: dict[str, type[DNCConfig] | type[FrameconvConfig]] = {"dnc": DNCConfig, "frameconv": FrameconvConfig}
+MEMORIES: dict[str, type[DNCConfig] | type[FrameconvConfig]] = {
+    "dnc": DNCConfig,
+    "frameconv": FrameconvConfig,
+}
 STEP_COUNTER = TensorSpec("t", (1,), torch.int64)
 """Steps of the episode so far; the first step of an episode sees 0."""
 
@@ -66,7 +69,8 @@ class PolicyConfig:
         defaults: dict[str, Any] = {"memory": MEMORIES[memory]()}
         if memory == "frameconv":
             defaults["embedding_period"] = 1024
-        return cls(**{**defaults, **overrides})
+        arguments: dict[str, Any] = defaults | overrides
+        return cls(**arguments)
 
     def to_json(self) -> dict[str, Any]:
         """Describe the configuration with plain JSON values."""
@@ -83,7 +87,8 @@ class PolicyConfig:
                 raise ConfigError(f"memory.type: got {kind!r}, expected one of {sorted(MEMORIES)}")
             _require_keys("memory", memory, {f.name for f in fields(MEMORIES[kind])})
             _require_keys("config", data, {f.name for f in fields(cls)})
-            return cls(**{**data, "memory": MEMORIES[kind](**memory)})
+            arguments: dict[str, Any] = dict(data) | {"memory": MEMORIES[kind](**memory)}
+            return cls(**arguments)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"policy config: got {data!r}, which is not a valid description ({error})") from error
 
@@ -105,7 +110,7 @@ class PolicyOutput(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A policy that remembers. All parameters exist from construction; no call modifies its arguments or the module."""
+    """A policy that remembers. All parameters exist from construction; no call modifies an argument or the module."""
 
     def __init__(
         self,
@@ -152,7 +157,7 @@ class Policy(nn.Module):
     def unroll(
         self, observation: Tensor, state: State, seq_lens: Tensor | None = None
     ) -> tuple[PolicyOutput, dict[str, Tensor]]:
-        """Advance padded sequences: ``[B, T, O]``, seq_lens ``[B]`` -> ``(output [B, T, ...], state after seq_lens)``."""
+        """Advance padded sequences: ``[B, T, O]`` -> ``(output [B, T, ...], state after seq_lens [B])``."""
         t, length = state["t"], observation.shape[1]
         steps = t + torch.arange(length, device=t.device)
         core, after = self.core.unroll(self.pre(self._features(observation, steps)), state, seq_lens)

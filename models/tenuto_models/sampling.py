@@ -31,9 +31,7 @@ def uniforms(seeds: U64, counters: U64, num: int) -> NDArray[np.float32]:
     """Draw ``[B, num]`` numbers in the open interval (0, 1): seeds ``[B]``, counters (step indices) ``[B]``, uint64."""
     blocks = np.arange((num + 3) // 4, dtype=np.uint64)[None, :]
     seeds, counters, zero = seeds[:, None], counters[:, None], np.zeros((1, 1), np.uint64)
-    words = philox4x32(
-        (counters & _LOW, counters >> _HALF, blocks, zero), (seeds & _LOW, seeds >> _HALF)
-    )
+    words = philox4x32((counters & _LOW, counters >> _HALF, blocks, zero), (seeds & _LOW, seeds >> _HALF))
     stacked = np.stack(np.broadcast_arrays(*words), axis=2).reshape(len(seeds), -1)[:, :num]
     # The top 23 bits, centred: exact in float32 and never 0 or 1.
     return ((stacked >> np.uint64(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)

@@ -1,6 +1,6 @@
 """One access of the DNC's memory: write, then read, steered by the interface vector that the controller emits.
 
-Legend: B rows, H controller size, N memory cells, W cell size, R read heads; interface size ``I = R W + 3 W + 5 R + 3``.
+Legend: B rows, H controller size, N memory cells, W cell size, R read heads. Interface size: ``R W + 3 W + 5 R + 3``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ class MemoryAccess(nn.Module):
         old_memory, old_reads = state["memory"], state["read_weights"]
         old_write, old_precedence = state["write_weights"].squeeze(1), state["precedence"].squeeze(1)
 
-        usage = addressing.usage_after(
-            state["usage_vector"], old_write, old_reads, torch.sigmoid(free_gates)
-        )
+        usage = addressing.usage_after(state["usage_vector"], old_write, old_reads, torch.sigmoid(free_gates))
         allocation = addressing.allocation_weights(usage)
         content = addressing.content_weights(
             old_memory, torch.tanh(write_key).unsqueeze(1), F.softplus(write_strength)
@@ -59,9 +57,7 @@ class MemoryAccess(nn.Module):
         link = addressing.link_after(state["link_matrix"].squeeze(1), old_precedence, write)
         precedence = addressing.precedence_after(old_precedence, write)
 
-        content = addressing.content_weights(
-            memory, torch.tanh(read_keys).view(-1, r, w), F.softplus(read_strengths)
-        )
+        content = addressing.content_weights(memory, torch.tanh(read_keys).view(-1, r, w), F.softplus(read_strengths))
         # (fwd)_i = L R_i and (bwd)_i = Lᵀ R_i, heads as rows.
         forward, backward = old_reads @ link.transpose(1, 2), old_reads @ link
         modes = torch.softmax(read_modes.view(-1, r, 3), dim=2)

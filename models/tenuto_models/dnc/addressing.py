@@ -15,8 +15,9 @@ DELTA = 1e-6
 
 
 def content_weights(memory: Tensor, keys: Tensor, strengths: Tensor) -> Tensor:
-    """``C(M, k, β) = softmax_N(cos(M, k) β)``: memory ``[B, N, W]``, keys ``[B, K, W]``, strengths ``[B, K]`` -> ``[B, K, N]``.
+    """``C(M, k, β) = softmax_N(cos(M, k) β)``: ``[B, K, N]``.
 
+    memory ``[B, N, W]``, keys ``[B, K, W]``, strengths ``[B, K]``; K is R for reading, 1 for writing.
     A zero cell or a zero key has cosine 0.
     """
     dot = keys @ memory.transpose(1, 2)

@@ -64,7 +64,7 @@ class DNCCore(nn.Module):
         self._reset_gates(hidden)
 
     def _reset_gates(self, hidden: int) -> None:
-        """Draw the gates as torch draws an LSTM: U(±1/√H) for the matrix and for each of its two biases, here summed."""
+        """Draw the gates as torch draws an LSTM: U(±1/√H) for the matrix and each of its two biases, here summed."""
         bound = hidden**-0.5
         nn.init.uniform_(self.gates.weight, -bound, bound)
         with torch.no_grad():
@@ -76,9 +76,7 @@ class DNCCore(nn.Module):
         controller, state = self._advance(gates, state)
         return self.output(torch.cat([controller, state["read_vectors"]], dim=1)), state
 
-    def unroll(
-        self, z: Tensor, state: State, seq_lens: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def unroll(self, z: Tensor, state: State, seq_lens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Advance a padded sequence: ``z [B, T, F]`` -> ``(y [B, T, H], state after seq_lens)``.
 
         The part of the gates that does not wait for the memory, and the output layer, are one product per sequence.

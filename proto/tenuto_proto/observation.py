@@ -1,0 +1,222 @@
+"""Observations of one space: nested values <-> named leaves on the wire -> checked rows -> the policy's flat vector.
+
+Works on the wire's Space, so that a client without gymnasium can use it. N is the number of rows; one observation is
+a batch of one row everywhere but in :meth:`ObservationCodec.pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenuto_proto.errors import WireError
+from tenuto_proto.tensors import DTYPES, WIRE_DTYPES, array_from_wire, array_to_wire
+from tenuto_proto.v1 import policy_pb2 as pb
+
+Rows = dict[str, NDArray[Any]]
+"""Leaf name -> ``[N, *shape]``."""
+ROOT = "observation"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a space. ``classes`` is None for arrays that are flattened as they are, else the one-hot widths."""
+
+    name: str
+    path: tuple[str | int, ...]
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    low: NDArray[Any]
+    high: NDArray[Any]
+    classes: NDArray[np.int64] | None
+
+    @property
+    def flat_size(self) -> int:
+        """Width in the flattened observation."""
+        return prod(self.shape) if self.classes is None else int(self.classes.sum())
+
+    def flatten(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """``[N, *shape]`` -> float32 ``[N, flat_size]``, as ``gymnasium.spaces.flatten`` does row by row."""
+        flat = rows.reshape(len(rows), -1)
+        if self.classes is None:
+            return flat.astype(np.float32)
+        one_hot = np.zeros((len(rows), self.flat_size), np.float32)
+        offsets = np.concatenate([[0], np.cumsum(self.classes)[:-1]])
+        columns = flat.astype(np.int64) - self.low.reshape(1, -1).astype(np.int64) + offsets
+        one_hot[np.arange(len(rows))[:, None], columns] = 1
+        return one_hot
+
+    def rows_outside(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which rows are not in the space: ``[N, *shape]`` -> ``[N]``."""
+        outside = (rows < self.low) | (rows > self.high)
+        return np.asarray(outside.reshape(len(rows), -1).any(axis=1))
+
+    def rows_not_finite(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which rows hold NaN or infinity: ``[N]``."""
+        if self.dtype.kind != "f":
+            return np.zeros(len(rows), np.bool_)
+        return ~np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
+
+
+class ObservationCodec:
+    """Knows the leaves of one observation space. Immutable; safe to share between threads."""
+
+    def __init__(self, space: pb.Space) -> None:
+        """Read a space. Raises WireError where the message is not a valid space."""
+        self.leaves = tuple(_leaves(space, ()))
+        self.flat_size = sum(leaf.flat_size for leaf in self.leaves)
+        self._by_name = {leaf.name: leaf for leaf in self.leaves}
+        self._children: dict[tuple[str | int, ...], set[str | int]] = {}
+        for leaf in self.leaves:
+            for depth, part in enumerate(leaf.path):
+                self._children.setdefault(leaf.path[:depth], set()).add(part)
+
+    def specs(self) -> list[pb.TensorSpec]:
+        """Describe the leaves for GetPolicyResponse.observation."""
+        return [pb.TensorSpec(name=leaf.name, dtype=WIRE_DTYPES[leaf.dtype], shape=leaf.shape) for leaf in self.leaves]
+
+    def pack(self, observation: Any, num_rows: int | None = None) -> list[pb.NamedTensor]:
+        """Pack a nested observation, or with ``num_rows`` a batch in the layout of gymnasium's vector environments
+        (the same nesting, each leaf ``[num_rows, *shape]``).
+
+        Raises WireError: OBSERVATION_FIELDS for a missing or extra part, OBSERVATION_DTYPE for a value that does not
+        convert without loss of kind (float to integer), OBSERVATION_SHAPE for a wrong shape.
+        """
+        lead = () if num_rows is None else (num_rows,)
+        tensors: list[pb.NamedTensor] = []
+        for leaf in self.leaves:
+            value = np.asarray(_at(observation, leaf, self._children))
+            if not np.can_cast(value.dtype, leaf.dtype, "same_kind") and not _is_integral(value, leaf):
+                raise WireError(
+                    pb.OBSERVATION_DTYPE,
+                    f"observation {leaf.name!r} dtype: got {value.dtype}, expected {leaf.dtype}",
+                )
+            if value.shape != lead + leaf.shape:
+                raise WireError(
+                    pb.OBSERVATION_SHAPE,
+                    f"observation {leaf.name!r} shape: got {value.shape}, expected {lead + leaf.shape}",
+                )
+            converted = value.astype(leaf.dtype)
+            if leaf.dtype.kind != "f" and not np.array_equal(converted, value):
+                raise WireError(
+                    pb.OBSERVATION_OUT_OF_SPACE,
+                    f"observation {leaf.name!r}: got {value.min()}..{value.max()}, which does not fit {leaf.dtype}",
+                )
+            tensors.append(pb.NamedTensor(name=leaf.name, tensor=array_to_wire(converted)))
+        return tensors
+
+    def unpack(self, tensors: Iterable[pb.NamedTensor], num_rows: int | None) -> Rows:
+        """Unpack wire leaves into rows; ``num_rows`` None: a single observation, which becomes one row.
+
+        Raises WireError (OBSERVATION_FIELDS, _DTYPE, _SHAPE). Values are not looked at, see :meth:`refused_rows`.
+        """
+        given: Rows = {}
+        for named in tensors:
+            leaf = self._by_name.get(named.name)
+            if leaf is None or named.name in given:
+                what = "twice" if leaf is not None else "which is no leaf"
+                raise WireError(
+                    pb.OBSERVATION_FIELDS,
+                    f"observation: got {named.name!r} {what}, expected {sorted(self._by_name)}",
+                )
+            if named.tensor.dtype != WIRE_DTYPES[leaf.dtype]:
+                got = DTYPES.get(named.tensor.dtype, named.tensor.dtype)
+                raise WireError(
+                    pb.OBSERVATION_DTYPE, f"observation {leaf.name!r} dtype: got {got}, expected {leaf.dtype}"
+                )
+            array = array_from_wire(named.tensor)
+            lead = () if num_rows is None else (num_rows,)
+            if array.shape != lead + leaf.shape:
+                raise WireError(
+                    pb.OBSERVATION_SHAPE,
+                    f"observation {leaf.name!r} shape: got {array.shape}, expected {lead + leaf.shape}",
+                )
+            given[leaf.name] = array if lead else array[None]
+        if len(given) != len(self.leaves):
+            missing = sorted(self._by_name.keys() - given.keys())
+            raise WireError(pb.OBSERVATION_FIELDS, f"observation: missing {missing}, expected {sorted(self._by_name)}")
+        return given
+
+    def refused_rows(self, rows: Rows) -> dict[int, WireError]:
+        """Return the rows whose values are not in the space: row -> error (OBSERVATION_NOT_FINITE, _OUT_OF_SPACE)."""
+        refused: dict[int, WireError] = {}
+        for leaf in self.leaves:
+            values = rows[leaf.name]
+            checks: tuple[tuple[Callable[[NDArray[Any]], NDArray[np.bool_]], int, str], ...] = (
+                (leaf.rows_not_finite, pb.OBSERVATION_NOT_FINITE, "finite numbers"),
+                (leaf.rows_outside, pb.OBSERVATION_OUT_OF_SPACE, _range(leaf)),
+            )
+            for check, reason, expected in checks:
+                for row in np.flatnonzero(check(values)).tolist():
+                    got = np.array2string(values[row], threshold=8)
+                    error = WireError(reason, f"observation {leaf.name!r}: got {got}, expected {expected}")
+                    refused.setdefault(row, error)
+        return refused
+
+    def flatten(self, rows: Rows) -> NDArray[np.float32]:
+        """Checked rows -> float32 ``[N, flat_size]``, equal to ``gymnasium.spaces.flatten`` of every row."""
+        return np.concatenate([leaf.flatten(rows[leaf.name]) for leaf in self.leaves], axis=1)
+
+
+def _leaves(space: pb.Space, path: tuple[str | int, ...]) -> Iterator[Leaf]:
+    kind = space.WhichOneof("kind")
+    name = "/".join(str(part) for part in path) or ROOT
+    if kind == "tuple":
+        for i, child in enumerate(space.tuple.spaces):
+            yield from _leaves(child, (*path, i))
+    elif kind == "dict":
+        for entry in space.dict.entries:
+            yield from _leaves(entry.space, (*path, entry.key))
+    elif kind == "box":
+        low, high = array_from_wire(space.box.low), array_from_wire(space.box.high)
+        yield Leaf(name, path, low.dtype, low.shape, low, high, None)
+    elif kind == "discrete":
+        d = space.discrete
+        low, last, classes = np.array(d.start), np.array(d.start + d.n - 1), np.array([d.n])
+        yield Leaf(name, path, DTYPES[d.dtype], (), low, last, classes)
+    elif kind == "multi_discrete":
+        nvec, low = (array_from_wire(t) for t in (space.multi_discrete.nvec, space.multi_discrete.start))
+        yield Leaf(name, path, DTYPES[space.multi_discrete.dtype], nvec.shape, low, low + nvec - 1, nvec.ravel())
+    elif kind == "multi_binary":
+        shape = tuple(space.multi_binary.shape)
+        low = np.zeros(shape, np.int8)
+        yield Leaf(name, path, np.dtype(np.int8), shape, low, low + 1, None)
+    else:
+        raise WireError(pb.OBSERVATION_FIELDS, f"space {name!r}: got an empty message, expected one kind of space")
+
+
+def _at(observation: Any, leaf: Leaf, children: Mapping[tuple[str | int, ...], set[str | int]]) -> Any:
+    """Follow a leaf's path into a nested observation; every level must have exactly the children that it should."""
+    for depth, part in enumerate(leaf.path):
+        where = "/".join(str(p) for p in leaf.path[:depth]) or ROOT
+        expected = children[leaf.path[:depth]]
+        if isinstance(part, str) and isinstance(observation, Mapping):
+            got: Any = set(cast("Mapping[Any, Any]", observation))
+        elif isinstance(part, int) and isinstance(observation, (tuple, list)):
+            got = set(range(len(cast("list[Any]", observation))))
+        else:
+            got = type(observation).__name__
+        if got != expected:
+            kind = "a mapping with the keys" if isinstance(part, str) else "a tuple with the positions"
+            listed = sorted(got, key=str) if isinstance(got, set) else got
+            raise WireError(
+                pb.OBSERVATION_FIELDS, f"{where}: got {listed}, expected {kind} {sorted(expected, key=str)}"
+            )
+        observation = cast("Any", observation)[part]
+    return observation
+
+
+def _is_integral(value: NDArray[Any], leaf: Leaf) -> bool:
+    """Signed and unsigned integers and booleans may stand for each other; whether the values fit is checked after."""
+    return value.dtype.kind in "iub" and leaf.dtype.kind in "iub"
+
+
+def _range(leaf: Leaf) -> str:
+    if leaf.low.size and np.all(leaf.low == leaf.low.flat[0]) and np.all(leaf.high == leaf.high.flat[0]):
+        return f"{leaf.low.flat[0]}..{leaf.high.flat[0]}"
+    return f"{np.array2string(leaf.low, threshold=8)}..{np.array2string(leaf.high, threshold=8)}"

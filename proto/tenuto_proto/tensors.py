@@ -1,0 +1,47 @@
+"""Numpy arrays on the wire: dtype, shape and little-endian bytes."""
+
+from __future__ import annotations
+
+import sys
+from math import prod
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenuto_proto.errors import WireError
+from tenuto_proto.v1 import policy_pb2 as pb
+
+_NAMES = {value: name.removeprefix("DATA_TYPE_").lower() for name, value in pb.DataType.items() if value != 0}
+DTYPES: dict[int, np.dtype[Any]] = {value: np.dtype(name) for value, name in _NAMES.items()}
+WIRE_DTYPES: dict[np.dtype[Any], pb.DataType] = {dtype: cast(pb.DataType, value) for value, dtype in DTYPES.items()}
+_SWAP = sys.byteorder == "big"
+
+
+def array_to_wire(array: NDArray[Any]) -> pb.Tensor:
+    """Pack an array. Raises WireError (OBSERVATION_DTYPE) for a dtype that has no place on the wire."""
+    dtype = WIRE_DTYPES.get(array.dtype)
+    if dtype is None:
+        raise WireError(pb.OBSERVATION_DTYPE, f"dtype: got {array.dtype}, expected one of {sorted(_NAMES.values())}")
+    if _SWAP:
+        array = array.byteswap()
+    return pb.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
+
+
+def array_from_wire(tensor: pb.Tensor) -> NDArray[Any]:
+    """Unpack a tensor; the array is read-only and shares the message's bytes.
+
+    Raises WireError: OBSERVATION_DTYPE for an unknown dtype, OBSERVATION_SHAPE where bytes and shape disagree.
+    """
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise WireError(pb.OBSERVATION_DTYPE, f"dtype: got {tensor.dtype}, expected one of {sorted(DTYPES)}")
+    shape = tuple(tensor.shape)
+    expected = prod(shape) * dtype.itemsize
+    if len(tensor.data) != expected:
+        raise WireError(
+            pb.OBSERVATION_SHAPE,
+            f"data: got {len(tensor.data)} bytes, expected {expected} for {dtype} of shape {shape}",
+        )
+    array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    return array.byteswap() if _SWAP else array

@@ -1,0 +1,114 @@
+"""Any space of fixed size survives the wire, and its rows flatten exactly as gymnasium flattens them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tenuto_proto import ObservationCodec, WireError, space_from_wire, space_to_wire
+from tenuto_proto.v1 import policy_pb2 as pb
+
+LEAF_SPACES = st.one_of(
+    st.builds(
+        lambda shape, dtype: spaces.Box(-3, 5, shape, dtype),
+        st.lists(st.integers(1, 3), max_size=2).map(tuple),
+        st.sampled_from([np.float32, np.float64, np.int32]),
+    ),
+    st.builds(lambda n, start: spaces.Discrete(n, start=start), st.integers(1, 6), st.integers(-3, 3)),
+    st.builds(
+        lambda nvec: spaces.MultiDiscrete(nvec, start=[2] * len(nvec)),
+        st.lists(st.integers(1, 5), min_size=1),
+    ),
+    st.builds(lambda: spaces.MultiDiscrete([[2, 3], [4, 1]])),
+    st.builds(spaces.MultiBinary, st.sampled_from([3, [2, 2]])),
+)
+SPACES = st.recursive(
+    LEAF_SPACES,
+    lambda inner: st.one_of(
+        st.builds(spaces.Tuple, st.lists(inner, min_size=1, max_size=3)),
+        st.builds(spaces.Dict, st.dictionaries(st.sampled_from("abcd"), inner, min_size=1, max_size=3)),
+    ),
+    max_leaves=6,
+)
+
+
+@given(SPACES, st.integers(0, 2**31 - 1))
+@settings(deadline=None, max_examples=150)
+def test_rows_flatten_as_gymnasium_flattens(space: spaces.Space[Any], seed: int) -> None:
+    wire = pb.Space.FromString(space_to_wire(space).SerializeToString())
+    assert space_from_wire(wire) == space
+    codec = ObservationCodec(wire)
+    space.seed(seed)
+    for _ in range(3):
+        sample = space.sample()
+        rows = codec.unpack(codec.pack(sample), None)
+        assert codec.refused_rows(rows) == {}
+        expected = np.asarray(spaces.flatten(space, sample), np.float32)
+        np.testing.assert_array_equal(codec.flatten(rows)[0], expected)
+
+
+def codec_of(space: spaces.Space[Any]) -> ObservationCodec:
+    return ObservationCodec(space_to_wire(space))
+
+
+PAIR = spaces.Dict({"image": spaces.Box(0, 1, (2,), np.float32), "mode": spaces.Discrete(3, start=1)})
+GOOD = {"image": np.zeros(2, np.float32), "mode": 1}
+
+
+@pytest.mark.parametrize(
+    ("observation", "reason"),
+    [
+        ({"image": np.zeros(2)}, pb.OBSERVATION_FIELDS),
+        (np.zeros(2), pb.OBSERVATION_FIELDS),
+        ({**GOOD, "extra": 1}, pb.OBSERVATION_FIELDS),
+        ({**GOOD, "mode": 1.5}, pb.OBSERVATION_DTYPE),
+        ({**GOOD, "image": "dark"}, pb.OBSERVATION_DTYPE),
+        ({**GOOD, "image": np.zeros(3)}, pb.OBSERVATION_SHAPE),
+        ({**GOOD, "mode": [1]}, pb.OBSERVATION_SHAPE),
+    ],
+)
+def test_packing_refuses_what_is_not_of_the_space(observation: Any, reason: int) -> None:
+    with pytest.raises(WireError) as caught:
+        codec_of(PAIR).pack(observation)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("observation", "reason"),
+    [
+        ({**GOOD, "image": np.array([0.5, np.nan])}, pb.OBSERVATION_NOT_FINITE),
+        ({**GOOD, "image": np.array([0.5, np.inf])}, pb.OBSERVATION_NOT_FINITE),
+        ({**GOOD, "image": np.array([0.5, 1.5])}, pb.OBSERVATION_OUT_OF_SPACE),
+        ({**GOOD, "mode": 0}, pb.OBSERVATION_OUT_OF_SPACE),
+        ({**GOOD, "mode": 4}, pb.OBSERVATION_OUT_OF_SPACE),
+    ],
+)
+def test_values_outside_the_space_are_refused_row_by_row(observation: Any, reason: int) -> None:
+    codec = codec_of(PAIR)
+    good, bad = codec.unpack(codec.pack(GOOD), None), codec.unpack(codec.pack(observation), None)
+    rows = {name: np.concatenate([good[name], bad[name], good[name]]) for name in good}
+    refused = codec.refused_rows(rows)
+    assert {row: error.reason for row, error in refused.items()} == {1: reason}
+
+
+def test_unpacking_refuses_unknown_repeated_and_missing_leaves() -> None:
+    codec = codec_of(PAIR)
+    image, mode = codec.pack(GOOD)
+    other = pb.NamedTensor(name="other", tensor=image.tensor)
+    for tensors in ([image, mode, other], [image, image, mode], [image]):
+        with pytest.raises(WireError) as caught:
+            codec.unpack(tensors, None)
+        assert caught.value.reason == pb.OBSERVATION_FIELDS
+
+
+def test_unpacking_refuses_truncated_bytes_and_wrong_row_counts() -> None:
+    codec = codec_of(PAIR)
+    image, mode = codec.pack(GOOD)
+    cut = pb.NamedTensor(name="image", tensor=pb.Tensor(dtype=image.tensor.dtype, shape=[2], data=b"1234567"))
+    for tensors, num_rows in (([cut, mode], None), ([image, mode], 2)):
+        with pytest.raises(WireError) as caught:
+            codec.unpack(tensors, num_rows)
+        assert caught.value.reason == pb.OBSERVATION_SHAPE
