@@ -80,7 +80,5 @@ def _make_own(env_id: str) -> Env:
         )
     env = factory()
     if not isinstance(env, gymnasium.Env):
-        raise UnknownEnvError(
-            f"environment: {env_id!r} returned {type(env).__name__}, expected a gymnasium.Env"
-        )
+        raise UnknownEnvError(f"environment: {env_id!r} returned {type(env).__name__}, expected a gymnasium.Env")
     return cast(Env, env)

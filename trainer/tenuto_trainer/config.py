@@ -1,0 +1,127 @@
+"""Everything that a training run can be told, checked before anything starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tenuto_models import DNCConfig, FrameconvConfig, PolicyConfig
+from tenuto_trainer.errors import TrainConfigError
+
+MEMORIES = ("dnc", "frameconv")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults learn POPGym's Easy environments within minutes on two CPU cores."""
+
+    env_id: str
+    """Environment, as tenuto_envs.make takes it."""
+    memory: str
+    """Memory core: "dnc" or "frameconv"."""
+    repository: Path
+    """Folder that versions are published to, as ``<repository>/<policy>/<version>/``."""
+    policy: str = ""
+    """Policy name in the repository; empty: the environment's id with other characters as dashes."""
+
+    iterations: int | None = None
+    """Training iterations after which to stop; None: no limit."""
+    stop_return: float | None = None
+    """Mean episode return at which to stop; None: no limit."""
+    stop_seconds: float | None = None
+    """Seconds of training after which to stop, start-up not included; None: no limit."""
+    publish_every: int = 5
+    """Iterations between two publications, whatever the return."""
+    publish_gain: float = 0.05
+    """Rise of the mean episode return over the best published one that is worth a version at once."""
+    log_dir: Path = Path("runs")
+    """Folder for TensorBoard event files, one folder per policy below it."""
+    seed: int | None = None
+    """Seed of weights, actions and environments; None: drawn anew."""
+
+    num_envs: int = 32
+    """Environments stepped together in one process."""
+    num_env_runners: int = 0
+    """Processes beside the trainer that step environments; 0: the trainer does it, best on few cores."""
+    batch_size: int = 4096
+    """Environment steps per iteration."""
+    minibatch_size: int = 1024
+    """Environment steps per gradient step; at least max_seq_len, which RLlib fails below."""
+    num_epochs: int = 6
+    """Passes over the batch per iteration."""
+    max_seq_len: int = 32
+    """Steps that gradients reach back, and the length of a training row."""
+    lr: float = 1e-3
+    """Adam's learning rate."""
+    gamma: float = 0.99
+    """Discount per step."""
+    gae_lambda: float = 0.95
+    """Weight of longer returns in the advantage estimate."""
+    clip: float = 0.2
+    """Farthest that PPO trusts a probability ratio to move from 1."""
+    entropy: float = 0.005
+    """Weight of the entropy bonus."""
+    grad_clip: float = 0.5
+    """Largest norm of a gradient."""
+    torch_threads: int = 1
+    """Threads of torch in the trainer; more than 1 slows networks of this size down."""
+
+    hidden_size: int = 64
+    """Width of feature map, memory core and heads, in units."""
+    num_cells: int = 8
+    """Cells of the DNC's memory."""
+    cell_size: int = 8
+    """Floats in one cell of the DNC's memory."""
+    num_read_heads: int = 2
+    """Read heads of the DNC."""
+    stack_size: int = 4
+    """Frames that the Frameconv sees, the current one included."""
+
+    def __post_init__(self) -> None:
+        if not self.policy:
+            object.__setattr__(self, "policy", re.sub(r"[^A-Za-z0-9._-]+", "-", self.env_id))
+        if self.memory not in MEMORIES:
+            raise TrainConfigError(f"memory: got {self.memory!r}, expected one of {', '.join(MEMORIES)}")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and kind.endswith("None"):
+                continue
+            if kind.startswith("int"):
+                least = {"num_env_runners": 0, "seed": 0, "stack_size": 2}.get(field.name, 1)
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise TrainConfigError(f"{field.name}: got {value!r}, expected an integer >= {least}")
+            elif kind.startswith("float") and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise TrainConfigError(f"{field.name}: got {value!r}, expected a finite number")
+        for name in ("lr", "clip", "grad_clip", "stop_seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise TrainConfigError(f"{name}: got {value!r}, expected a number > 0")
+        for name in ("entropy", "publish_gain"):
+            if getattr(self, name) < 0:
+                raise TrainConfigError(f"{name}: got {getattr(self, name)!r}, expected a number >= 0")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainConfigError(f"{name}: got {getattr(self, name)!r}, expected a number from 0 to 1")
+        if not self.max_seq_len <= self.minibatch_size <= self.batch_size:
+            raise TrainConfigError(
+                f"minibatch_size: got {self.minibatch_size}, expected from max_seq_len ({self.max_seq_len}) "
+                f"to batch_size ({self.batch_size})"
+            )
+
+    def policy_config(self) -> PolicyConfig:
+        """Return the configuration of the policy to train."""
+        width = self.hidden_size
+        memory = (
+            DNCConfig(width, self.num_cells, self.cell_size, self.num_read_heads)
+            if self.memory == "dnc"
+            else FrameconvConfig(width, self.stack_size)
+        )
+        return PolicyConfig(
+            memory=memory,
+            feature_size=width,
+            actor_widths=(width,),
+            critic_widths=(width,),
+            embedding_period=PolicyConfig.for_memory(self.memory).embedding_period,
+        )

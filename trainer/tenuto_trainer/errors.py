@@ -1,0 +1,25 @@
+"""Errors of the trainer package.
+
+TrainerError
+├── TrainConfigError  a setting, environment or space that no training can start from
+└── DivergedError     training produced weights that are not finite
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """Base of every error that this package raises on purpose. The text says what, got, expected."""
+
+    exit_code = 1
+    """What the process exits with when the error ends it."""
+
+
+class TrainConfigError(TrainerError, ValueError):
+    """A setting, an environment or a space that no training can start from."""
+
+    exit_code = 2
+
+
+class DivergedError(TrainerError):
+    """Training produced weights that are not finite; what was published before stays good."""

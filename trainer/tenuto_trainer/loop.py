@@ -1,0 +1,87 @@
+"""One training run: a plain ``algorithm.train()`` loop that stops cleanly, and publishes before it does."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+from ray.rllib.core import DEFAULT_MODULE_ID
+
+from tenuto_envs import make
+from tenuto_models import Policy, TrainingProgress
+from tenuto_trainer.config import TrainConfig
+from tenuto_trainer.ppo import build_algorithm, local_ray
+from tenuto_trainer.progress import IterationReport, Progress, scalars_of
+from tenuto_trainer.resume import find_start
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM; a second SIGINT interrupts at once. For the main thread."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def listen(self) -> None:
+        """Install the handlers. Called again after ray.init, which takes SIGTERM for itself."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
+    """Train until a limit of the config or a signal, publish the last policy, and return where training stands.
+
+    Raises EnvError, ConfigError or TrainConfigError before Ray starts; CheckpointError or DivergedError while training.
+    """
+    env = make(config.env_id)
+    observation_space, action_space = env.observation_space, env.action_space
+    env.close()
+    policy_config = config.policy_config()
+    Policy(observation_space, action_space, policy_config)  # Refuses what no policy can be built for.
+    start = find_start(config.repository, config.policy, observation_space, action_space, policy_config)
+
+    stop = StopSignal()
+    stop.listen()
+    with local_ray(config):
+        stop.listen()
+        with build_algorithm(config, observation_space, action_space, start) as (algorithm, publisher):
+            origin = f"goes on from {start.folder}" if start.folder else "starts from scratch"
+            progress.note(f"{config.policy} {origin}; newest version is {publisher.version}")
+            began = ended = time.monotonic()
+            iteration = 0
+            while not (reason := _reason_to_stop(config, stop, publisher.progress, iteration, ended - began)):
+                before, steps_before = ended, publisher.progress.env_steps
+                result = algorithm.train()
+                ended, iteration = time.monotonic(), iteration + 1
+                progress.iteration(
+                    IterationReport(
+                        progress=publisher.progress,
+                        version=publisher.version,
+                        seconds=ended - began,
+                        steps_per_second=(publisher.progress.env_steps - steps_before) / (ended - before),
+                        scalars=scalars_of(result, DEFAULT_MODULE_ID),
+                    )
+                )
+            publisher.publish(algorithm)
+            progress.note(f"stopped: {reason}; newest version is {publisher.version}")
+            return publisher.progress
+
+
+def _reason_to_stop(
+    config: TrainConfig, stop: StopSignal, now: TrainingProgress, iteration: int, seconds: float
+) -> str | None:
+    """Say why the run is over, or None. ``iteration`` and ``seconds`` count this run only."""
+    if stop.received is not None:
+        return f"received {stop.received.name}"
+    if config.iterations is not None and iteration >= config.iterations:
+        return f"{iteration} iterations done"
+    if config.stop_seconds is not None and seconds >= config.stop_seconds:
+        return f"trained for {seconds:.0f} s"
+    reached = iteration > 0 and now.return_mean is not None
+    if config.stop_return is not None and reached and now.return_mean >= config.stop_return:
+        return f"return {now.return_mean:.3f} reached {config.stop_return}"
+    return None

@@ -1,0 +1,107 @@
+"""RLlib's PPO for a policy with memory: one TrainConfig in, one algorithm out, and Ray as quiet as it goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import gymnasium
+import ray
+import torch
+from gymnasium import spaces
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.ppo import PPOConfig
+from ray.tune.registry import register_env
+
+from tenuto_envs import make
+from tenuto_trainer.config import TrainConfig
+from tenuto_trainer.envs import for_rllib
+from tenuto_trainer.publish import CheckpointPublisher
+from tenuto_trainer.resume import Start
+from tenuto_trainer.rl_module import module_spec
+
+_ENV_NAME = "tenuto"
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+
+@contextmanager
+def local_ray(config: TrainConfig) -> Iterator[None]:
+    """Run a Ray of our own on this machine, without dashboard, usage statistics or chatter; shut it down at the end.
+
+    Does not touch RAY_AUTH_MODE: Ray's default keeps other users of the machine out of its ports.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("ray", "ray.rllib", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=1 + config.num_env_runners,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def build_algorithm(
+    config: TrainConfig, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], start: Start
+) -> Iterator[tuple[Algorithm, CheckpointPublisher]]:
+    """Build the algorithm and its publisher, which has published a version by then; stop the algorithm at the end.
+
+    Sets torch's threads for the whole process.
+    """
+    torch.set_num_threads(config.torch_threads)
+    register_env(_ENV_NAME, partial(_make_for_rllib, config.env_id))
+    spec = module_spec(observation_space, action_space, config.policy_config(), config.max_seq_len, start.folder)
+    publisher = partial(
+        CheckpointPublisher,
+        config.repository,
+        config.policy,
+        spec.model_config,
+        config.publish_every,
+        config.publish_gain,
+        start.progress,
+    )
+    algorithm = (
+        PPOConfig()
+        .environment(_ENV_NAME, disable_env_checking=True, normalize_actions=False, clip_actions=False)
+        .env_runners(
+            num_env_runners=config.num_env_runners,
+            num_envs_per_env_runner=config.num_envs,
+        )
+        .training(
+            lr=config.lr,
+            gamma=config.gamma,
+            lambda_=config.gae_lambda,
+            clip_param=config.clip,
+            entropy_coeff=config.entropy,
+            grad_clip=config.grad_clip,
+            use_kl_loss=False,
+            vf_clip_param=float("inf"),
+            vf_loss_coeff=0.5,
+            train_batch_size_per_learner=config.batch_size,
+            minibatch_size=config.minibatch_size,
+            num_epochs=config.num_epochs,
+        )
+        .rl_module(rl_module_spec=spec)
+        .callbacks(publisher)
+        .debugging(seed=config.seed, log_level="ERROR")
+        .build_algo()
+    )
+    try:
+        yield algorithm, next(c for c in algorithm.callbacks if isinstance(c, CheckpointPublisher))
+    finally:
+        algorithm.stop()
+
+
+def _make_for_rllib(env_id: str, _: Any) -> gymnasium.Env[Any, Any]:
+    return for_rllib(make(env_id))

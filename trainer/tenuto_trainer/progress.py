@@ -1,0 +1,108 @@
+"""What a run shows: one live line in a terminal, plain lines elsewhere, and TensorBoard event files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from tenuto_models import TrainingProgress
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """One iteration as people and TensorBoard see it."""
+
+    progress: TrainingProgress
+    version: int | None
+    """Newest published version."""
+    seconds: float
+    """Duration of training so far."""
+    steps_per_second: float
+    """Environment steps of this iteration by its duration, learning included."""
+    scalars: Mapping[str, float]
+    """Further curves for TensorBoard, by tag."""
+
+    def line(self) -> str:
+        """Say it in one line."""
+        p = self.progress
+        return (
+            f"iteration {p.iteration:4d} | {p.env_steps:,} env steps | {self.steps_per_second:,.0f} steps/s | "
+            f"{self.seconds:.0f} s | return {_number(p.return_mean)} | best {_number(p.best_return)} | "
+            f"version {self.version}"
+        )
+
+
+class Progress:
+    """Owns the terminal line and the event file; a context manager, to be closed by leaving it."""
+
+    def __init__(self, console: Console, log_dir: Path) -> None:
+        self._console = console
+        self._writer = SummaryWriter(str(log_dir))
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        self._writer.close()
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def iteration(self, report: IterationReport) -> None:
+        """Show an iteration and write its curves over the environment steps."""
+        if self._live:
+            self._live.update(Text(report.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            self.note(report.line())
+        p = report.progress
+        curves = dict(report.scalars) | {"speed/env_steps_per_s": report.steps_per_second}
+        curves |= {"return/mean": _or_nan(p.return_mean), "return/best": _or_nan(p.best_return)}
+        curves["checkpoint/version"] = float(report.version or 0)
+        for tag, value in curves.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, global_step=p.env_steps)
+
+
+def scalars_of(result: Mapping[str, Any], module_id: str) -> dict[str, float]:
+    """Pick the curves worth plotting from RLlib's result of one iteration; those that are missing are left out."""
+    learner = result.get("learners", {}).get(module_id, {})
+    runners = result.get("env_runners", {})
+    timers = result.get("timers", {})
+    picked = {
+        "return/min": runners.get("episode_return_min"),
+        "return/max": runners.get("episode_return_max"),
+        "episode/length_mean": runners.get("episode_len_mean"),
+        "loss/policy": learner.get("policy_loss"),
+        "loss/value": learner.get("vf_loss"),
+        "loss/entropy": learner.get("entropy"),
+        "loss/value_explained_variance": learner.get("vf_explained_var"),
+        "gradient/norm": learner.get("gradients_default_optimizer_global_norm"),
+        "seconds/sample": timers.get("env_runner_sampling_timer"),
+        "seconds/learn": timers.get("learner_update_timer"),
+    }
+    return {tag: float(value) for tag, value in picked.items() if value is not None}
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,97 @@
+"""Publishes checkpoints while RLlib trains: the first at once, then every N iterations and on a better return.
+
+Called by RLlib on the driver: on_algorithm_init once, on_train_result after each iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.core import DEFAULT_MODULE_ID
+
+from tenuto_models import CheckpointError, TrainingProgress, checkpoint
+from tenuto_trainer.errors import DivergedError
+from tenuto_trainer.rl_module import policy_of
+
+
+class CheckpointPublisher(RLlibCallback):
+    """Owns the decision when to publish. The best return is kept in the published manifests, so it outlives the run.
+
+    RLlib builds one in every process; only the algorithm's own writes anything, the constructor never does.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        policy_name: str,
+        model_config: Mapping[str, Any],
+        publish_every: int,
+        publish_gain: float = 0.0,
+        start: TrainingProgress | None = None,
+    ) -> None:
+        """``start`` is where the published version stood that this run goes on from; None: a fresh policy.
+
+        ``publish_every`` in iterations, ``publish_gain`` in units of return.
+        """
+        super().__init__()
+        self._repository, self._policy_name, self._model_config = repository, policy_name, model_config
+        self._publish_every, self._publish_gain = publish_every, publish_gain
+        self._start = start or TrainingProgress()
+        self.progress = self._start
+        """Where training stands, as the next manifest would say it."""
+        self._published = start
+        self.version: int | None = None
+        """Newest version of the policy; None before there is one."""
+
+    def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
+        """Publish the untrained policy, so that a server can start; not where the run goes on from a version."""
+        if self._published is None:
+            self.publish(algorithm)
+            return
+        self.version = max(checkpoint.versions(self._repository / self._policy_name), default=None)
+        best = checkpoint.best_return(self._repository, self._policy_name)
+        self.progress = self._published = replace(self._start, best_return=best)
+
+    def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
+        """Publish if it is due or the return is better. Raises DivergedError if a weight is not finite."""
+        return_mean = float(result["env_runners"].get("episode_return_mean", math.nan))
+        best = self.progress.best_return
+        iteration = int(result["training_iteration"])
+        self.progress = TrainingProgress(
+            env_steps=self._start.env_steps + int(result["num_env_steps_sampled_lifetime"]),
+            iteration=self._start.iteration + iteration,
+            return_mean=None if math.isnan(return_mean) else return_mean,
+            best_return=best,
+        )
+        for name, array in self._weights(algorithm).items():
+            if not np.isfinite(array).all():
+                raise DivergedError(
+                    f"training diverged in iteration {self.progress.iteration}: {name} holds NaN or infinity; "
+                    f"the last good version is {self.version}; try a smaller lr than {algorithm.config.lr}"
+                )
+        is_better = best is None or return_mean > best + self._publish_gain
+        if iteration % self._publish_every == 0 or (self.progress.return_mean is not None and is_better):
+            self.publish(algorithm)
+
+    def publish(self, algorithm: Algorithm) -> None:
+        """Write a version now, unless nothing was trained since the last one."""
+        if self._published == self.progress:
+            return
+        known = [r for r in (self.progress.best_return, self.progress.return_mean) if r is not None]
+        self.progress = replace(self.progress, best_return=max(known, default=None))
+        policy = policy_of(self._weights(algorithm), self._model_config)
+        try:
+            folder = checkpoint.write(self._repository, self._policy_name, policy, self.progress)
+        except OSError as error:
+            raise CheckpointError(f"{self._repository}: cannot publish to this repository ({error})") from error
+        self._published, self.version = self.progress, int(folder.name)
+
+    def _weights(self, algorithm: Algorithm) -> dict[str, Any]:
+        return algorithm.learner_group.get_weights()[DEFAULT_MODULE_ID]

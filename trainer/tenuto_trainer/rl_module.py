@@ -1,0 +1,123 @@
+"""The policy as an RLModule of RLlib's new API stack: the only file that knows RLlib's shape rules.
+
+Legend: B environments, R rows (chunks of episodes), T = max_seq_len, O flattened observation, K logits.
+The rules: sampling sees ``obs [B, 1, O]`` with a state of one leaf per tensor ``[B, ...]``; training sees
+``obs [R, T, O]``, zero-padded on the right, with the state before each row's first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium import spaces as gym_spaces
+from numpy.typing import NDArray
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
+from ray.rllib.core.rl_module.apis import ValueFunctionAPI
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from torch import Tensor
+
+from tenuto_models import Policy, PolicyConfig, State, checkpoint, spaces
+
+_PREFIX = "policy."
+
+
+def module_spec(
+    observation_space: gym_spaces.Space[Any],
+    action_space: gym_spaces.Space[Any],
+    config: PolicyConfig,
+    max_seq_len: int,
+    start_from: Path | None = None,
+) -> RLModuleSpec:
+    """Describe the module of a policy over the environment's own spaces, before flattening.
+
+    ``start_from`` is the folder of a published version whose weights training begins with.
+    """
+    return RLModuleSpec(
+        module_class=PolicyModule,
+        model_config={
+            "observation_space": spaces.to_json(observation_space),
+            "action_space": spaces.to_json(action_space),
+            "policy": config.to_json(),
+            "max_seq_len": max_seq_len,
+            "start_from": str(start_from) if start_from else None,
+        },
+    )
+
+
+def policy_of(module_weights: Mapping[str, NDArray[Any]], model_config: Mapping[str, Any]) -> Policy:
+    """Build the policy that a module's weights (name -> array, as a learner hands them out) stand for."""
+    policy = _fresh_policy(model_config)
+    policy.load_state_dict(
+        {name.removeprefix(_PREFIX): torch.as_tensor(array) for name, array in module_weights.items()}
+    )
+    return policy
+
+
+class PolicyModule(TorchRLModule, ValueFunctionAPI):
+    """A :class:`tenuto_models.Policy` that RLlib samples with and trains. Adds no parameters of its own."""
+
+    policy: Policy
+
+    def setup(self) -> None:
+        """Build everything that is trained; called once, by RLlib's constructor."""
+        config: Mapping[str, Any] = self.model_config
+        start_from = config["start_from"]
+        self.policy = checkpoint.read(Path(start_from)).policy if start_from else _fresh_policy(config)
+        # RLlib's own choice covers Discrete (TorchCategorical) and Box (TorchDiagGaussian).
+        if isinstance(self.action_space, gym_spaces.MultiDiscrete):
+            self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(
+                TorchMultiCategorical, input_lens=self.action_space.nvec.tolist()
+            )
+
+    def get_initial_state(self) -> dict[str, NDArray[Any]]:
+        """Return the state of one fresh episode, without a batch dimension."""
+        return {name: tensor[0].numpy() for name, tensor in _to_rllib(self.policy.initial_state(1)).items()}
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Sample one step: ``obs [B, 1, O]`` -> ``action_dist_inputs [B, 1, K]`` and the state after it."""
+        output, state = self.policy.step(batch[Columns.OBS][:, 0], _from_rllib(batch[Columns.STATE_IN]))
+        return {
+            Columns.ACTION_DIST_INPUTS: output.logits.unsqueeze(1),
+            Columns.STATE_OUT: _to_rllib(state),
+        }
+
+    def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Recompute whole rows: ``obs [R, T, O]`` -> ``action_dist_inputs [R, T, K]``, ``embeddings [R, T]``.
+
+        The embeddings are the values themselves: the critic shares the memory core with the actor. The state after
+        a row is not asked for, so ``seq_lens`` is not needed; RLlib masks the padding in the loss.
+        """
+        output, _ = self.policy.unroll(batch[Columns.OBS], _from_rllib(batch[Columns.STATE_IN]))
+        return {Columns.ACTION_DIST_INPUTS: output.logits, Columns.EMBEDDINGS: output.value}
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Tensor | None = None) -> Tensor:
+        """Values ``[R, T]``: those of the training forward, or, without them, computed without gradients.
+
+        RLlib asks without embeddings only for advantages, over the whole batch, and would detach the result.
+        """
+        if embeddings is not None:
+            return embeddings
+        with torch.no_grad():
+            return self._forward_train(batch)[Columns.EMBEDDINGS]
+
+
+def _fresh_policy(model_config: Mapping[str, Any]) -> Policy:
+    return Policy(
+        spaces.from_json(model_config["observation_space"]),
+        spaces.from_json(model_config["action_space"]),
+        PolicyConfig.from_json(model_config["policy"]),
+    )
+
+
+def _to_rllib(state: State) -> dict[str, Tensor]:
+    """Narrow the step counter to int32, which RLlib's connectors would do on their own behind our back."""
+    return {**state, "t": state["t"].to(torch.int32)}
+
+
+def _from_rllib(state: State) -> dict[str, Tensor]:
+    return {**state, "t": state["t"].long()}
