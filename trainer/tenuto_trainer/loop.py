@@ -6,12 +6,13 @@ import signal
 import time
 from types import FrameType
 
+import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from tenuto_envs import make
 from tenuto_models import Policy, TrainingProgress
 from tenuto_trainer.config import TrainConfig
-from tenuto_trainer.ppo import build_algorithm, local_ray
+from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config
 from tenuto_trainer.progress import IterationReport, Progress, scalars_of
 from tenuto_trainer.resume import find_start
 
@@ -35,6 +36,7 @@ class StopSignal:
 def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     """Train until a limit of the config or a signal, publish the last policy, and return where training stands.
 
+    Sets torch's threads and the handlers of SIGINT and SIGTERM for the whole process.
     Raises EnvError, ConfigError or TrainConfigError before Ray starts; CheckpointError or DivergedError while training.
     """
     env = make(config.env_id)
@@ -44,11 +46,13 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     Policy(observation_space, action_space, policy_config)  # Refuses what no policy can be built for.
     start = find_start(config.repository, config.policy, observation_space, action_space, policy_config)
 
+    torch.set_num_threads(config.torch_threads)
     stop = StopSignal()
     stop.listen()
     with local_ray(config):
         stop.listen()
-        with build_algorithm(config, observation_space, action_space, start) as (algorithm, publisher):
+        ppo = ppo_config(config, observation_space, action_space, start)
+        with build_algorithm(ppo) as (algorithm, publisher):
             origin = f"goes on from {start.folder}" if start.folder else "starts from scratch"
             progress.note(f"{config.policy} {origin}; newest version is {publisher.version}")
             began = ended = time.monotonic()
@@ -81,7 +85,7 @@ def _reason_to_stop(
         return f"{iteration} iterations done"
     if config.stop_seconds is not None and seconds >= config.stop_seconds:
         return f"trained for {seconds:.0f} s"
-    reached = iteration > 0 and now.return_mean is not None
-    if config.stop_return is not None and reached and now.return_mean >= config.stop_return:
-        return f"return {now.return_mean:.3f} reached {config.stop_return}"
+    wanted, got = config.stop_return, now.return_mean
+    if iteration > 0 and wanted is not None and got is not None and got >= wanted:
+        return f"return {got:.3f} reached {wanted}"
     return None

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import ray
-import torch
 from gymnasium import spaces
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from tenuto_envs import make
@@ -22,14 +22,14 @@ from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.envs import for_rllib
 from tenuto_trainer.publish import CheckpointPublisher
 from tenuto_trainer.resume import Start
-from tenuto_trainer.rl_module import module_spec
+from tenuto_trainer.rl_module import PolicyModule, model_config_for
 
 _ENV_NAME = "tenuto"
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
 @contextmanager
-def local_ray(config: TrainConfig) -> Iterator[None]:
+def local_ray(config: TrainConfig) -> Generator[None]:
     """Run a Ray of our own on this machine, without dashboard, usage statistics or chatter; shut it down at the end.
 
     Does not touch RAY_AUTH_MODE: Ray's default keeps other users of the machine out of its ports.
@@ -51,33 +51,28 @@ def local_ray(config: TrainConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def build_algorithm(
+def ppo_config(
     config: TrainConfig, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], start: Start
-) -> Iterator[tuple[Algorithm, CheckpointPublisher]]:
-    """Build the algorithm and its publisher, which has published a version by then; stop the algorithm at the end.
-
-    Sets torch's threads for the whole process.
-    """
-    torch.set_num_threads(config.torch_threads)
+) -> PPOConfig:
+    """Say to RLlib what the run's configuration says. Registers the environment with Ray's registry."""
     register_env(_ENV_NAME, partial(_make_for_rllib, config.env_id))
-    spec = module_spec(observation_space, action_space, config.policy_config(), config.max_seq_len, start.folder)
+    model_config = model_config_for(
+        observation_space, action_space, config.policy_config(), config.max_seq_len, start.folder
+    )
     publisher = partial(
         CheckpointPublisher,
         config.repository,
         config.policy,
-        spec.model_config,
+        model_config,
         config.publish_every,
         config.publish_gain,
         start.progress,
     )
-    algorithm = (
+    return (
         PPOConfig()
+        # Actions are scaled and clipped by our own wrapper, as the server does it.
         .environment(_ENV_NAME, disable_env_checking=True, normalize_actions=False, clip_actions=False)
-        .env_runners(
-            num_env_runners=config.num_env_runners,
-            num_envs_per_env_runner=config.num_envs,
-        )
+        .env_runners(num_env_runners=config.num_env_runners, num_envs_per_env_runner=config.num_envs)
         .training(
             lr=config.lr,
             gamma=config.gamma,
@@ -92,13 +87,19 @@ def build_algorithm(
             minibatch_size=config.minibatch_size,
             num_epochs=config.num_epochs,
         )
-        .rl_module(rl_module_spec=spec)
-        .callbacks(publisher)
+        .rl_module(rl_module_spec=RLModuleSpec(PolicyModule, model_config=model_config))
+        .callbacks(cast(Any, publisher))  # Any callable will do, the annotation asks for a class.
         .debugging(seed=config.seed, log_level="ERROR")
-        .build_algo()
     )
+
+
+@contextmanager
+def build_algorithm(config: PPOConfig) -> Generator[tuple[Algorithm, CheckpointPublisher]]:
+    """Build the algorithm and its publisher, which has published a version by then; stop the algorithm at the end."""
+    algorithm = config.build_algo()
+    callbacks: Any = algorithm.callbacks  # A list in the new API stack, annotated as one callback.
     try:
-        yield algorithm, next(c for c in algorithm.callbacks if isinstance(c, CheckpointPublisher))
+        yield algorithm, next(c for c in callbacks if isinstance(c, CheckpointPublisher))
     finally:
         algorithm.stop()
 

@@ -74,7 +74,7 @@ class CheckpointPublisher(RLlibCallback):
             if not np.isfinite(array).all():
                 raise DivergedError(
                     f"training diverged in iteration {self.progress.iteration}: {name} holds NaN or infinity; "
-                    f"the last good version is {self.version}; try a smaller lr than {algorithm.config.lr}"
+                    f"the last good version is {self.version}; try a smaller lr"
                 )
         is_better = best is None or return_mean > best + self._publish_gain
         if iteration % self._publish_every == 0 or (self.progress.return_mean is not None and is_better):
@@ -94,4 +94,6 @@ class CheckpointPublisher(RLlibCallback):
         self._published, self.version = self.progress, int(folder.name)
 
     def _weights(self, algorithm: Algorithm) -> dict[str, Any]:
-        return algorithm.learner_group.get_weights()[DEFAULT_MODULE_ID]
+        learners = algorithm.learner_group
+        assert learners is not None, "an algorithm of the new API stack has learners"
+        return learners.get_weights()[DEFAULT_MODULE_ID]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gymnasium import spaces as gym_spaces
@@ -17,36 +17,34 @@ from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
 from ray.rllib.core.rl_module.apis import ValueFunctionAPI
-from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
 from tenuto_models import Policy, PolicyConfig, State, checkpoint, spaces
 
 _PREFIX = "policy."
+# Its get_partial_dist_cls takes a class, but is annotated as a method.
+_MultiCategorical = cast(Any, TorchMultiCategorical)
 
 
-def module_spec(
+def model_config_for(
     observation_space: gym_spaces.Space[Any],
     action_space: gym_spaces.Space[Any],
     config: PolicyConfig,
     max_seq_len: int,
     start_from: Path | None = None,
-) -> RLModuleSpec:
-    """Describe the module of a policy over the environment's own spaces, before flattening.
+) -> dict[str, Any]:
+    """Return the ``model_config`` of a :class:`PolicyModule`; the spaces are the environment's own, before flattening.
 
     ``start_from`` is the folder of a published version whose weights training begins with.
     """
-    return RLModuleSpec(
-        module_class=PolicyModule,
-        model_config={
-            "observation_space": spaces.to_json(observation_space),
-            "action_space": spaces.to_json(action_space),
-            "policy": config.to_json(),
-            "max_seq_len": max_seq_len,
-            "start_from": str(start_from) if start_from else None,
-        },
-    )
+    return {
+        "observation_space": spaces.to_json(observation_space),
+        "action_space": spaces.to_json(action_space),
+        "policy": config.to_json(),
+        "max_seq_len": max_seq_len,
+        "start_from": str(start_from) if start_from else None,
+    }
 
 
 def policy_of(module_weights: Mapping[str, NDArray[Any]], model_config: Mapping[str, Any]) -> Policy:
@@ -70,8 +68,8 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         self.policy = checkpoint.read(Path(start_from)).policy if start_from else _fresh_policy(config)
         # RLlib's own choice covers Discrete (TorchCategorical) and Box (TorchDiagGaussian).
         if isinstance(self.action_space, gym_spaces.MultiDiscrete):
-            self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(
-                TorchMultiCategorical, input_lens=self.action_space.nvec.tolist()
+            self.action_dist_cls = _MultiCategorical.get_partial_dist_cls(
+                _MultiCategorical, input_lens=self.action_space.nvec.tolist()
             )
 
     def get_initial_state(self) -> dict[str, NDArray[Any]]:
