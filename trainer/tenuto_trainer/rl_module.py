@@ -23,7 +23,7 @@ from torch import Tensor
 from tenuto_models import Policy, PolicyConfig, State, checkpoint, spaces
 
 _PREFIX = "policy."
-# Its get_partial_dist_cls takes a class, but is annotated as a method.
+# Its get_partial_dist_cls is a class method that is annotated as one of an instance.
 _MultiCategorical = cast(Any, TorchMultiCategorical)
 
 
@@ -68,9 +68,7 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         self.policy = checkpoint.read(Path(start_from)).policy if start_from else _fresh_policy(config)
         # RLlib's own choice covers Discrete (TorchCategorical) and Box (TorchDiagGaussian).
         if isinstance(self.action_space, gym_spaces.MultiDiscrete):
-            self.action_dist_cls = _MultiCategorical.get_partial_dist_cls(
-                _MultiCategorical, input_lens=self.action_space.nvec.tolist()
-            )
+            self.action_dist_cls = _MultiCategorical.get_partial_dist_cls(input_lens=self.action_space.nvec.tolist())
 
     def get_initial_state(self) -> dict[str, NDArray[Any]]:
         """Return the state of one fresh episode, without a batch dimension."""

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from ray.rllib.core.columns import Columns
+from tenuto_models import TrainingProgress, checkpoint
+from tenuto_trainer.rl_module import PolicyModule, model_config_for
+
+# RLlib registers its environment anew for every runner in a process, and gymnasium warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-single-agent-env-v0")
+MEMORIES = ("dnc", "frameconv")
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_tensor_of_the_core_changes_in_one_ppo_update(memory: str):
+    """In POPGym the DNC's core is built after the optimizer, so that it is never trained."""
+    training = tiny.Training(tiny.config(memory))
+    before = training.weights()
+    training.update(training.sample())
+    after = training.weights()
+    core = [name for name in before if name.startswith("policy.core.")]
+    assert len(core) == {"dnc": 6, "frameconv": 2}[memory]
+    assert [name for name in before if np.array_equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_every_parameter_is_in_the_optimizer(memory: str):
+    training = tiny.Training(tiny.config(memory))
+    ((_, optimizer),) = training.learner.get_optimizers_for_module(training.module_id)
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, p in training.module.named_parameters() if id(p) not in optimized} == set()
+    assert set(training.weights()) == {f"policy.{name}" for name in training.module.policy.state_dict()}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_learner_recomputes_the_logits_that_were_sampled(memory: str):
+    """Also in rows that begin in the middle of an episode or of a fragment: PPO's ratio is 1 before an update."""
+    training = tiny.Training(tiny.config(memory))
+    with torch.no_grad():
+        for parameter in training.module.parameters():
+            parameter.mul_(2)  # A fresh policy is so close to uniform that a lost state would hardly show.
+    training.runner.module.load_state_dict(training.module.state_dict())
+    training.sample()
+    batch = training.learner_batch(training.sample())
+    mask, sampled = batch[Columns.LOSS_MASK], batch[Columns.ACTION_DIST_INPUTS]
+    starts = batch[Columns.STATE_IN]["t"][:, 0]
+    assert mask.sum() == 256
+    assert (starts % 16 != 0).any()  # A row that goes on with the fragment before.
+
+    recomputed = training.module.forward_train(batch)[Columns.ACTION_DIST_INPUTS]
+    torch.testing.assert_close(recomputed[mask], sampled[mask], rtol=0, atol=2e-6)
+    distribution = training.module.get_train_action_dist_cls().from_logits(recomputed)
+    ratio = torch.exp(distribution.logp(batch[Columns.ACTIONS]) - batch[Columns.ACTION_LOGP])
+    torch.testing.assert_close(ratio[mask], torch.ones(256), rtol=0, atol=1e-5)
+
+    batch[Columns.STATE_IN] = {name: torch.zeros_like(x) for name, x in batch[Columns.STATE_IN].items()}
+    forgetful = training.module.forward_train(batch)[Columns.ACTION_DIST_INPUTS]
+    assert (forgetful - sampled)[mask].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_sampling_forward_is_exactly_the_policys_step(memory: str):
+    training = tiny.Training(tiny.config(memory))
+    module, policy = training.runner.module, training.runner.module.policy
+    observation = torch.rand(5, 10)
+    state = {name: torch.rand_like(x.float()).to(x.dtype) for name, x in policy.initial_state(5).items()}
+    state["t"] += 7
+    with torch.no_grad():
+        expected, after = policy.step(observation, state)
+    out = module.forward_exploration(
+        {Columns.OBS: observation.unsqueeze(1), Columns.STATE_IN: {**state, "t": state["t"].int()}}
+    )
+    assert torch.equal(out[Columns.ACTION_DIST_INPUTS], expected.logits.unsqueeze(1))
+    assert out[Columns.STATE_OUT].keys() == after.keys()
+    assert all(torch.equal(out[Columns.STATE_OUT][name].to(x.dtype), x) for name, x in after.items())
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_initial_state_is_the_policys_without_a_batch_dimension(memory: str):
+    module = tiny.Training(tiny.config(memory)).module
+    state = module.get_initial_state()
+    assert [(name, x.shape) for name, x in state.items()] == [(s.name, s.shape) for s in module.policy.state_spec]
+    assert state["t"].dtype == np.int32
+    assert not any(x.any() for x in state.values())
+
+
+def test_values_for_advantages_are_computed_without_a_graph_and_equal_those_of_training():
+    training = tiny.Training(tiny.config())
+    batch = training.learner_batch(training.sample())
+    trained = training.module.forward_train(batch)[Columns.EMBEDDINGS]
+    alone = training.module.compute_values(batch)
+    assert trained.requires_grad
+    assert not alone.requires_grad
+    assert torch.equal(alone, trained)
+    assert training.module.compute_values(batch, embeddings=trained) is trained
+
+
+@pytest.mark.parametrize("env_id", ["popgym-PositionOnlyPendulumEasy-v0", "popgym-MineSweeperEasy-v0", "tiny:bits"])
+def test_every_kind_of_action_is_sampled_and_trained(env_id: str):
+    training = tiny.Training(tiny.config(env_id=env_id, batch_size=64, minibatch_size=32))
+    before = training.weights()
+    training.update(training.sample())
+    after = training.weights()
+    assert [name for name in before if np.array_equal(before[name], after[name])] == []
+
+
+def test_training_starts_from_the_weights_of_a_published_version(tmp_path: Path):
+    module = tiny.Training(tiny.config()).module
+    policy = module.policy
+    folder = checkpoint.write(tmp_path, "p", policy, TrainingProgress())
+    config = model_config_for(policy.observation_space, policy.action_space, policy.config, 16, folder)
+    restarted = PolicyModule(
+        observation_space=module.observation_space, action_space=module.action_space, model_config=config
+    )
+    assert all(torch.equal(x, restarted.policy.state_dict()[name]) for name, x in policy.state_dict().items())
