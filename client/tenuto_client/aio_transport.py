@@ -1,0 +1,89 @@
+"""Carries the effects of programs out over a grpc.aio channel."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from tenuto_client.aio_stream import AioStepStream
+from tenuto_client.effects import Call, Program, Sleep, T
+from tenuto_client.errors import ClientClosedError, TenutoError, error_from_rpc
+from tenuto_client.transport import CHANNEL_OPTIONS, checked_reply, metadata_of
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
+
+
+class AioTransport:
+    """One channel of one event loop: the one in which the first program runs."""
+
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        *,
+        stream: bool = False,
+    ) -> None:
+        """Open nothing yet, so that it can be built outside the loop. ``stream``: as in Transport."""
+        self._address, self._credentials, self._uses_stream = address, credentials, stream
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: Any = None
+        self._stream: AioStepStream | None = None
+        self.is_closed = False
+        """Whether close() was called."""
+
+    async def run(self, program: Program[T]) -> T:
+        """Carry a program out and return its result. Raises what it raises."""
+        try:
+            effect = next(program)
+            while True:
+                if self.is_closed:
+                    effect = program.throw(ClientClosedError("the policy was closed"))
+                elif isinstance(effect, Sleep):
+                    await asyncio.sleep(effect.seconds)
+                    effect = next(program)
+                elif len(effect.calls) == 1:
+                    effect = program.send([await self._make(effect.calls[0])])
+                else:
+                    effect = program.send(await asyncio.gather(*map(self._make, effect.calls)))
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            program.close()
+
+    async def close(self) -> None:
+        """Close the channel; calls under way fail."""
+        self.is_closed = True
+        if self._stream is not None:
+            await self._stream.close()
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def _make(self, call: Call) -> Any:
+        if self._channel is None:
+            self._open()
+        try:
+            if self._stream is not None and isinstance(call.request, pb.StepBatchRequest):
+                return checked_reply(call, await self._stream.send(call.request, call.timeout_s))
+            method = getattr(self._stub, call.method)
+            return await method(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
+        except grpc.RpcError as error:
+            return error_from_rpc(error, call.server_epoch)
+        except TenutoError as error:
+            return error
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            # What gRPC raises where close() took the channel away.
+            if not self.is_closed:
+                raise
+            return ClientClosedError("the policy was closed")
+
+    def _open(self) -> None:
+        if self._credentials is None:
+            self._channel = grpc.aio.insecure_channel(self._address, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(self._address, self._credentials, CHANNEL_OPTIONS)
+        self._stub = PolicyServiceStub(self._channel)
+        if self._uses_stream:
+            self._stream = AioStepStream(self._stub.StepStream)

@@ -1,0 +1,202 @@
+"""RemotePolicy and AsyncRemotePolicy: the policy of one environment, computed on a server that keeps its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from tenuto_client.aio_transport import AioTransport
+from tenuto_client.errors import TenutoError
+from tenuto_client.options import PolicyOptions
+from tenuto_client.results import StepResult
+from tenuto_client.served import ServedPolicy
+from tenuto_client.session import Session
+from tenuto_client.transport import Transport
+
+if TYPE_CHECKING:
+    from gymnasium import Space
+
+
+class RemotePolicy:
+    """Chooses the actions of one environment::
+
+        with RemotePolicy("localhost:50051") as policy:
+            action = policy.step(observation, episode_start=True).action
+
+    Used by one thread at a time. Errors are the classes of ``tenuto_client.errors``.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        policy_name: str = "",
+        *,
+        version: int = 0,
+        seed: int | None = None,
+        deterministic: bool = False,
+        outputs: Iterable[str] = ("value", "log_prob"),
+        timeout_s: float = 5.0,
+        wait_for_policy_s: float = 0.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Connect with the first use. ``address`` is host:port; the other arguments are explained in PolicyOptions."""
+        self._session = Session(
+            PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
+        )
+        self._transport = Transport(address, credentials)
+
+    def connect(self) -> ServedPolicy:
+        """Find the policy and open a session now rather than with the first step. Repeating it does nothing."""
+        return self._transport.run(self._session.connect())
+
+    @property
+    def served(self) -> ServedPolicy:
+        """What the server says about the policy; connects where that has not happened."""
+        return self._session.served or self.connect()
+
+    @property
+    def observation_space(self) -> Space[Any]:
+        """The space of observations; needs gymnasium."""
+        return self.served.observation_space()
+
+    @property
+    def action_space(self) -> Space[Any]:
+        """The space of actions; needs gymnasium."""
+        return self.served.action_space()
+
+    @property
+    def session_id(self) -> int:
+        """The id of the open session; 0 where there is none."""
+        return self._session.session_id
+
+    @property
+    def step_index(self) -> int:
+        """The index that the next step will have."""
+        return self._session.step_index
+
+    def reset(self) -> None:
+        """Mark that the next step begins an episode, as ``episode_start=True`` on that step would."""
+        self._session.reset()
+
+    def step(self, observation: Any, *, episode_start: bool = False, reward: float | None = None) -> StepResult:
+        """Send an observation and return the action.
+
+        ``episode_start``: the observation is an episode's first; that of the first step always is. ``reward``: what the
+        previous action earned, also where it was the last of the episode before; for the server's statistics.
+
+        Every observation is applied exactly once, in order. Failures that a retry can mend are retried until
+        ``timeout_s`` is over. If the outcome is still unknown then (``error.outcome_unknown``), call step again with
+        the same observation, which returns the action of the one step; called with another observation, step first
+        completes the pending one. After any other error the session is where it was before the call.
+
+        Where the session is gone (SessionGoneError: the server restarted, or the idle timeout passed) the running
+        episode is lost. An episode's first step opens a new session by itself.
+        """
+        return self._transport.run(self._session.step(observation, episode_start, reward))
+
+    def close(self, reward: float | None = None) -> None:
+        """End the session, with the reward of its last action, and the connection. Repeating it does nothing."""
+        if not self._transport.is_closed:
+            try:
+                self._transport.run(self._session.close(reward))
+            finally:
+                self._transport.close()
+
+    def __enter__(self) -> RemotePolicy:
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncRemotePolicy:
+    """RemotePolicy for asyncio: the same methods as coroutines, used by one task at a time."""
+
+    def __init__(
+        self,
+        address: str,
+        policy_name: str = "",
+        *,
+        version: int = 0,
+        seed: int | None = None,
+        deterministic: bool = False,
+        outputs: Iterable[str] = ("value", "log_prob"),
+        timeout_s: float = 5.0,
+        wait_for_policy_s: float = 0.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """As RemotePolicy's."""
+        self._session = Session(
+            PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
+        )
+        self._transport = AioTransport(address, credentials)
+
+    async def connect(self) -> ServedPolicy:
+        """As RemotePolicy.connect."""
+        return await self._transport.run(self._session.connect())
+
+    @property
+    def served(self) -> ServedPolicy:
+        """What the server says about the policy. Raises TenutoError before the first connect or step."""
+        if self._session.served is None:
+            raise TenutoError("the policy is not connected yet: await connect() first")
+        return self._session.served
+
+    @property
+    def observation_space(self) -> Space[Any]:
+        """As RemotePolicy.observation_space, once connected."""
+        return self.served.observation_space()
+
+    @property
+    def action_space(self) -> Space[Any]:
+        """As RemotePolicy.action_space, once connected."""
+        return self.served.action_space()
+
+    @property
+    def session_id(self) -> int:
+        """As RemotePolicy.session_id."""
+        return self._session.session_id
+
+    @property
+    def step_index(self) -> int:
+        """As RemotePolicy.step_index."""
+        return self._session.step_index
+
+    def reset(self) -> None:
+        """As RemotePolicy.reset."""
+        self._session.reset()
+
+    async def step(self, observation: Any, *, episode_start: bool = False, reward: float | None = None) -> StepResult:
+        """As RemotePolicy.step. Cancelling it leaves the outcome unknown, which the next call settles."""
+        return await self._transport.run(self._session.step(observation, episode_start, reward))
+
+    async def close(self, reward: float | None = None) -> None:
+        """As RemotePolicy.close."""
+        if not self._transport.is_closed:
+            try:
+                await self._transport.run(self._session.close(reward))
+            finally:
+                await self._transport.close()
+
+    async def __aenter__(self) -> AsyncRemotePolicy:
+        try:
+            await self.connect()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,146 @@
+"""The policy as the server describes it: spaces, versions, limits; and how a client finds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from tenuto_client.effects import Call, Program
+from tenuto_client.errors import (
+    MessageTooLargeError,
+    PolicyUnknownError,
+    ServerUnavailableError,
+    TenutoError,
+    UnexpectedReplyError,
+    error_from_wire,
+)
+from tenuto_client.retry import Deadline, attempt, is_transient
+from tenuto_proto import ObservationCodec, WireError, array_from_wire
+from tenuto_proto.spaces import space_from_wire
+from tenuto_proto.tensors import DTYPES
+from tenuto_proto.v1 import policy_pb2 as pb
+
+if TYPE_CHECKING:
+    from gymnasium import Space
+
+
+@dataclass(frozen=True)
+class ServedPolicy:
+    """One policy of one server process, as of when it was asked."""
+
+    policy_name: str
+    version: int
+    """The version that was asked for: the pinned one, else the newest."""
+    versions: tuple[int, ...]
+    """All versions that the server holds, ascending."""
+    training_return_mean: float | None
+    """Mean episode return in training when ``version`` was published."""
+    max_batch_rows: int
+    max_message_bytes: int
+    idle_timeout_s: float
+    """Seconds without a step after which the server ends a session."""
+    server_epoch: int
+    """Another one means another server process."""
+    wire: pb.GetPolicyResponse
+    codec: ObservationCodec
+
+    @classmethod
+    def from_wire(cls, reply: pb.GetPolicyResponse) -> ServedPolicy:
+        """Read the message. Raises UnexpectedReplyError where a space in it is not valid."""
+        try:
+            codec = ObservationCodec(reply.observation_space)
+            action_dtype_and_shape(reply.action_space)
+        except (WireError, KeyError) as error:
+            raise UnexpectedReplyError(f"GetPolicy: {error}") from error
+        training, limits = reply.training, reply.limits
+        return cls(
+            policy_name=reply.policy_name,
+            version=reply.version,
+            versions=tuple(reply.versions),
+            training_return_mean=training.return_mean if training.HasField("return_mean") else None,
+            max_batch_rows=limits.max_batch_rows,
+            max_message_bytes=limits.max_message_bytes,
+            idle_timeout_s=limits.idle_timeout_s,
+            server_epoch=reply.server_epoch,
+            wire=reply,
+            codec=codec,
+        )
+
+    def observation_space(self) -> Space[Any]:
+        """Return the gymnasium space; needs gymnasium."""
+        return space_from_wire(self.wire.observation_space)
+
+    def action_space(self) -> Space[Any]:
+        """Return the gymnasium space; needs gymnasium."""
+        return space_from_wire(self.wire.action_space)
+
+    def has_spaces_of(self, other: ServedPolicy) -> bool:
+        """Whether both take the same observations and give the same actions."""
+        return (
+            self.wire.observation_space == other.wire.observation_space
+            and self.wire.action_space == other.wire.action_space
+        )
+
+    def pack(self, observation: Any, num_rows: int | None = None) -> list[pb.NamedTensor]:
+        """Pack an observation, or a batch of them. Raises ObservationError."""
+        try:
+            return self.codec.pack(observation, num_rows)
+        except WireError as error:
+            raise error_from_wire(error) from error
+
+    def action(self, tensor: pb.Tensor) -> Any:
+        """Read one action: an int for Discrete, else an array of its own. Raises UnexpectedReplyError."""
+        array = self.array(tensor, self.action_dtype_and_shape[1])
+        return int(array) if self.wire.action_space.WhichOneof("kind") == "discrete" else array.copy()
+
+    def array(self, tensor: pb.Tensor, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """Read a tensor of a reply (read-only). Raises UnexpectedReplyError where it is not of ``shape``."""
+        try:
+            array = array_from_wire(tensor)
+        except WireError as error:
+            raise UnexpectedReplyError(f"reply: {error}") from error
+        if shape is not None and array.shape != shape:
+            raise UnexpectedReplyError(f"reply: got a tensor of shape {array.shape}, expected {shape}")
+        return array
+
+    @property
+    def action_dtype_and_shape(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Of one element of the action space."""
+        return action_dtype_and_shape(self.wire.action_space)
+
+    def refuse_too_large(self, request: Message) -> None:
+        """Raise MessageTooLargeError where the server would refuse the request for its size."""
+        size = request.ByteSize()
+        if self.max_message_bytes and size > self.max_message_bytes:
+            raise MessageTooLargeError(f"message: got {size} bytes, expected at most {self.max_message_bytes}")
+
+
+def action_dtype_and_shape(space: pb.Space) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Return dtype and shape of one action. Raises KeyError for a dtype and WireError for a kind that has none."""
+    kind = space.WhichOneof("kind")
+    if kind == "discrete":
+        return DTYPES[space.discrete.dtype], ()
+    if kind == "multi_discrete":
+        return DTYPES[space.multi_discrete.dtype], tuple(space.multi_discrete.nvec.shape)
+    if kind == "multi_binary":
+        return np.dtype(np.int8), tuple(space.multi_binary.shape)
+    if kind == "box":
+        return DTYPES[space.box.low.dtype], tuple(space.box.low.shape)
+    raise WireError(
+        pb.OBSERVATION_FIELDS, f"action space: got {kind}, expected Box, Discrete, MultiDiscrete or MultiBinary"
+    )
+
+
+def find_policy(policy_name: str, version: int, deadline: Deadline, *, wait: bool) -> Program[ServedPolicy]:
+    """Ask the server for a policy; with ``wait`` until it serves it, else only until the server answers."""
+
+    def should_retry(error: TenutoError) -> bool:
+        return is_transient(error) or (wait and isinstance(error, (PolicyUnknownError, ServerUnavailableError)))
+
+    request = pb.GetPolicyRequest(policy_name=policy_name, version=version)
+    reply = yield from attempt(lambda timeout_s: Call("GetPolicy", request, timeout_s), deadline, should_retry)
+    return ServedPolicy.from_wire(reply)

@@ -1,0 +1,302 @@
+"""The client's half of the sessions of N environments that step together: session.py for StepBatch. No I/O.
+
+Row i is environment i. N numbers the environments everywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tenuto_client.batch import ObservationBatch, ResultBuilder, Rows
+from tenuto_client.effects import Call, Calls, Program, Sleep
+from tenuto_client.errors import (
+    MessageTooLargeError,
+    RowsError,
+    SessionGoneError,
+    TenutoError,
+    UnexpectedReplyError,
+    error_from_message,
+)
+from tenuto_client.options import PolicyOptions
+from tenuto_client.results import VectorStepResult
+from tenuto_client.retry import Deadline, attempt_all, is_ambiguous, is_transient
+from tenuto_client.served import ServedPolicy
+from tenuto_client.session import (
+    CLOSE_TIMEOUT_S,
+    OneAtATime,
+    may_open_later,
+    needs_new_session,
+    open_request,
+    refresh_policy,
+)
+from tenuto_proto.v1 import policy_pb2 as pb
+
+Errors = dict[int, TenutoError]
+"""Row -> why it failed."""
+_log = logging.getLogger(__name__)
+
+
+class SessionRows:
+    """N sessions of one policy at one server. Its methods are programs, see effects.py."""
+
+    def __init__(self, options: PolicyOptions, num_envs: int) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs: got {num_envs}, expected at least 1")
+        self.options, self.num_envs = options, num_envs
+        self.served: ServedPolicy | None = None
+        self.session_ids = np.zeros(num_envs, np.uint64)
+        """0: no session is open."""
+        self.step_indices = np.zeros(num_envs, np.uint64)
+        """Of the next steps."""
+        self._server_epoch = 0
+        self._begins_next = np.ones(num_envs, np.bool_)
+        self._gone: Errors = {}
+        self._pending: ObservationBatch | None = None
+        self._is_pending = np.zeros(num_envs, np.bool_)
+        """Rows of ``_pending`` that were sent, and perhaps applied."""
+        self._alone = OneAtATime()
+
+    def reset(self, rows: Iterable[int] | None) -> None:
+        """Mark that the next step of these rows (None: of all) begins an episode."""
+        self._begins_next[slice(None) if rows is None else list(rows)] = True
+
+    def connect(self) -> Program[ServedPolicy]:
+        """Find the policy and open the sessions that are missing; all or none."""
+        with self._alone():
+            return (yield from self._connect(np.arange(self.num_envs)))
+
+    def step(
+        self,
+        observations: Any,
+        episode_starts: ArrayLike | None,
+        rewards: ArrayLike | None,
+        mask: ArrayLike | None,
+        raise_errors: bool,
+    ) -> Program[VectorStepResult]:
+        """Apply one observation per row exactly once, see RemoteVectorPolicy.step."""
+        with self._alone():
+            rows: Rows = np.flatnonzero(self._column("mask", mask, np.bool_, True))
+            starts = self._column("episode_starts", episode_starts, np.bool_, False)
+            earned = self._column("rewards", rewards, np.float32, np.nan)
+            if self.served is None:
+                yield from self._connect(rows)
+            assert self.served is not None
+            batch = ObservationBatch.pack(self.served, observations, starts | self._begins_next, earned)
+            deadline = self.options.timing.deadline(self.options.timeout_s)
+            errors, batch = yield from self._settle(batch, starts, rows, deadline)
+            errors.update((yield from self._renew(batch, [r for r in rows.tolist() if r not in errors], deadline)))
+            builder = ResultBuilder(self.served, self.num_envs, self.options.outputs)
+            step_indices = self.step_indices.copy()
+            ready = rows if not errors else rows[~np.isin(rows, list(errors))]
+            errors.update((yield from self._deliver(batch, ready, deadline, builder)))
+            result = builder.build(step_indices, errors)
+            if errors and raise_errors:
+                raise summary(result, len(rows))
+            return result
+
+    def close(self, rewards: ArrayLike | None) -> Program[None]:
+        """End the sessions. Raises nothing where the server cannot be reached: it ends them when they are idle."""
+        with self._alone():
+            earned = self._column("rewards", rewards, np.float32, np.nan)
+            yield from self._abandon(np.flatnonzero(self.session_ids).tolist(), earned)
+
+    def _column(self, name: str, value: ArrayLike | None, dtype: type[Any], default: Any) -> NDArray[Any]:
+        column = np.full(self.num_envs, default, dtype) if value is None else np.array(value, dtype)
+        if column.shape != (self.num_envs,):
+            raise ValueError(f"{name}: got shape {column.shape}, expected {(self.num_envs,)}")
+        return column
+
+    # ------------------------------------------------------------------------------------------ opening and closing
+
+    def _connect(self, rows: Rows) -> Program[ServedPolicy]:
+        missing = rows[self.session_ids[rows] == 0].tolist()
+        if self.served is None or missing:
+            options = self.options
+            # Only the first connection waits for the server to come up.
+            wait_s = options.wait_for_policy_s if self.served is None else 0.0
+            deadline = options.timing.deadline(max(options.timeout_s, wait_s))
+            errors = yield from self._open(missing, deadline, wait=wait_s > 0)
+            if errors:
+                yield from self._abandon(missing, np.full(self.num_envs, np.nan, np.float32))
+                raise next(iter(errors.values()))
+        assert self.served is not None
+        return self.served
+
+    def _open(self, rows: Sequence[int], deadline: Deadline, *, wait: bool) -> Program[Errors]:
+        """Open sessions for rows that have none. Raises only what finding the policy raises."""
+        served = self.served = yield from refresh_policy(self.options, self.served, deadline, wait=wait)
+        ids = {row: self.options.timing.rng.randrange(1, 2**64) for row in rows}
+
+        def make_call(row: int, timeout_s: float) -> Call:
+            request = open_request(self.options, served.policy_name, ids[row], row)
+            return Call("OpenSession", request, timeout_s, ids[row])
+
+        outcomes = yield from attempt_all(make_call, rows, deadline, may_open_later)
+        errors: Errors = {}
+        for row, outcome in outcomes.items():
+            if isinstance(outcome, TenutoError):
+                errors[row] = outcome
+                continue
+            self.session_ids[row], self.step_indices[row] = ids[row], 0
+            self._begins_next[row], self._is_pending[row] = True, False
+            self._gone.pop(row, None)
+            self._server_epoch = outcome.server_epoch
+        return errors
+
+    def _abandon(self, rows: Sequence[int], rewards: NDArray[np.float32]) -> Program[None]:
+        ids = {row: int(self.session_ids[row]) for row in rows if self.session_ids[row]}
+        self.session_ids[list(ids)] = 0
+        deadline = self.options.timing.deadline(min(self.options.timeout_s, CLOSE_TIMEOUT_S))
+
+        def make_call(row: int, timeout_s: float) -> Call:
+            reward = None if np.isnan(rewards[row]) else float(rewards[row])
+            request = pb.CloseSessionRequest(session_id=ids[row], reward=reward)
+            return Call("CloseSession", request, timeout_s, ids[row])
+
+        outcomes = yield from attempt_all(make_call, list(ids), deadline, lambda _: False)
+        for row, outcome in outcomes.items():
+            if isinstance(outcome, TenutoError):
+                _log.debug("closing session %d: %s", ids[row], outcome)
+
+    def _renew(self, batch: ObservationBatch, rows: Sequence[int], deadline: Deadline) -> Program[Errors]:
+        """Open sessions for rows without one whose episode begins; the episodes of the others are lost."""
+        missing = [row for row in rows if not self.session_ids[row]]
+        errors: Errors = {row: self._gone[row] for row in missing if row in self._gone and not batch.starts[row]}
+        begin = [row for row in missing if row not in errors]
+        if begin:
+            batch.rewards[begin] = np.nan
+            batch.starts[begin] = True
+            try:
+                errors.update((yield from self._open(begin, deadline, wait=False)))
+            except TenutoError as error:
+                errors.update(dict.fromkeys(begin, error))
+        return errors
+
+    # ----------------------------------------------------------------------------------------------------- stepping
+
+    def _settle(
+        self, batch: ObservationBatch, starts: NDArray[np.bool_], rows: Rows, deadline: Deadline
+    ) -> Program[tuple[Errors, ObservationBatch]]:
+        """Complete pending steps of other observations; take pending rows of the same one over as they were sent."""
+        pending = self._pending
+        if pending is None or not self._is_pending[rows].any():
+            return {}, batch
+        same = batch.equal_rows(pending) & (pending.starts | ~batch.starts)
+        errors = yield from self._deliver(pending, rows[self._is_pending[rows] & ~same[rows]], deadline, None)
+        # What begins now needs nothing of the session that failed.
+        errors = {row: e for row, e in errors.items() if not (needs_new_session(e) and batch.starts[row])}
+        return errors, batch.merged(pending, self._is_pending & same)
+
+    def _deliver(
+        self, batch: ObservationBatch, rows: Rows, deadline: Deadline, builder: ResultBuilder | None
+    ) -> Program[Errors]:
+        """Step ``rows`` until each is applied or has failed for good. Without a builder the actions are dropped."""
+        ambiguous = self._is_pending.copy()
+        if self._pending is not None and self._pending is not batch and self._is_pending.any():
+            batch = batch.merged(self._pending, self._is_pending & ~np.isin(np.arange(self.num_envs), rows))
+        # Pending before they are sent: whatever interrupts this program, no index is used for anything else.
+        self._pending = batch
+        self._is_pending[rows] = True
+        self._begins_next[rows] = False
+        final: Errors = {}
+        replaced: set[int] = set()
+        todo, num_attempts = rows, 0
+        while len(todo):
+            failed = yield from self._attempt(batch, todo, deadline, builder)
+            num_attempts += 1
+            retry: list[int] = []
+            renew: list[int] = []
+            for row, error in failed.items():
+                ambiguous[row] |= is_ambiguous(error)
+                if is_transient(error):
+                    retry.append(row)
+                elif needs_new_session(error) and batch.starts[row] and row not in replaced:
+                    renew.append(row)
+                else:
+                    final[row] = error
+            if renew:
+                _log.warning("%d sessions are replaced at an episode's start: %s", len(renew), failed[renew[0]])
+                replaced.update(renew)
+                yield from self._abandon(renew, batch.rewards)
+                refused = yield from self._renew(batch, renew, deadline)
+                self._is_pending[renew], self._begins_next[renew], ambiguous[renew] = True, False, False
+                final.update(refused)
+                renew = [row for row in renew if row not in refused]
+            if retry:
+                pause_s = deadline.pause_s(num_attempts)
+                if pause_s is None:
+                    for error in {id(failed[row]): failed[row] for row in retry}.values():
+                        deadline.give_up(error, num_attempts)
+                    final.update({row: failed[row] for row in retry})
+                    retry = []
+                else:
+                    yield Sleep(pause_s)
+            todo = np.array(sorted(retry + renew), np.int64)
+        self._conclude(batch, final, ambiguous)
+        return final
+
+    def _attempt(
+        self, batch: ObservationBatch, rows: Rows, deadline: Deadline, builder: ResultBuilder | None
+    ) -> Program[Errors]:
+        """Send rows once, in as many requests as the server's limits ask for; return the rows that failed."""
+        assert self.served is not None
+        timeout_s, outputs = deadline.attempt_s(), self.options.outputs_to_wire()
+        chunks = batch.chunks(rows, self.served)
+        requests = [batch.request(c, self.session_ids, self.step_indices, outputs, timeout_s) for c in chunks]
+        try:
+            for request in requests:
+                self.served.refuse_too_large(request)
+        except MessageTooLargeError as error:
+            return dict.fromkeys(cast("list[int]", rows.tolist()), error)
+        calls = [Call("StepBatch", request, timeout_s, 0, self._server_epoch) for request in requests]
+        answers = yield Calls(tuple(calls))
+        failed: Errors = {}
+        for chunk, answer in zip(chunks, answers, strict=True):
+            failed.update(self._take(chunk, answer, builder))
+        return failed
+
+    def _take(self, rows: Rows, answer: Any, builder: ResultBuilder | None) -> Errors:
+        """Take one request's answer in: advance the rows that were applied, return the others."""
+        if isinstance(answer, TenutoError):
+            return dict.fromkeys(cast("list[int]", rows.tolist()), answer)
+        reply: pb.StepBatchResponse = answer
+        good = np.ones(len(rows), np.bool_)
+        failed: Errors = {}
+        try:
+            for row_error in reply.errors:
+                if row_error.row >= len(rows):
+                    raise UnexpectedReplyError(f"reply: got an error of row {row_error.row} of {len(rows)}")
+                good[row_error.row] = False
+                failed[int(rows[row_error.row])] = error_from_message(row_error.error, self._server_epoch)
+            # Where no row was applied there may be no columns.
+            if builder is not None and good.any():
+                builder.add(rows, good, reply)
+        except UnexpectedReplyError as error:
+            return dict.fromkeys(cast("list[int]", rows.tolist()), error)
+        applied = rows[good]
+        self.step_indices[applied] += np.uint64(1)
+        self._is_pending[applied] = False
+        return failed
+
+    def _conclude(self, batch: ObservationBatch, errors: Errors, ambiguous: NDArray[np.bool_]) -> None:
+        """Leave each row that failed as the law says: where it was, or pending, or gone."""
+        for row, error in errors.items():
+            unknown = bool(ambiguous[row]) and (is_transient(error) or is_ambiguous(error))
+            error.outcome_unknown |= unknown
+            self._is_pending[row] = unknown
+            self._begins_next[row] = batch.starts[row] and not unknown
+            if isinstance(error, SessionGoneError):
+                self.session_ids[row], self._gone[row] = 0, error
+
+
+def summary(result: VectorStepResult, num_rows: int) -> TenutoError:
+    """Return what to raise for the errors of a step: the one error where all rows failed alike, else RowsError."""
+    errors = list(result.errors.values())
+    if len(errors) == num_rows and len({type(error) for error in errors}) == 1:
+        return errors[0].with_traceback(None)
+    return RowsError(result)

@@ -1,0 +1,125 @@
+"""Carries the effects of programs out over a gRPC channel, blocking the caller's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from tenuto_client.effects import Call, Program, Sleep, T
+from tenuto_client.errors import ClientClosedError, TenutoError, error_from_message, error_from_rpc
+from tenuto_client.stream import StepStream
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
+
+CHANNEL_OPTIONS = (
+    # Sizes are checked against the server's own limit before sending, see ServedPolicy.refuse_too_large.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC's own defaults leave a robot alone for up to two minutes after the server came back.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Finds out within half a minute that a mobile link went away without saying so.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Policies do not share connections, so that a balancer can spread them.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def metadata_of(call: Call) -> tuple[tuple[str, str], ...]:
+    """Return what travels beside a call."""
+    return (("x-session-id", str(call.session_id)),) if call.session_id else ()
+
+
+def checked_reply(call: Call, reply: Any) -> Any:
+    """Return a stream's reply, or the TenutoError that it holds."""
+    if isinstance(reply, pb.StepBatchResponse) and reply.HasField("error"):
+        return error_from_message(reply.error, call.server_epoch)
+    return reply
+
+
+class Transport:
+    """One channel. Owned by one thread; close() may come from any."""
+
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials | None = None,
+        *,
+        stream: bool = False,
+    ) -> None:
+        """Connect lazily, with the first call. ``stream``: StepBatch travels over one StepStream."""
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
+        self._stub: Any = PolicyServiceStub(self._channel)
+        self._stream = StepStream(self._stub.StepStream) if stream else None
+        self.is_closed = False
+        """Whether close() was called."""
+
+    def run(self, program: Program[T]) -> T:
+        """Carry a program out and return its result. Raises what it raises."""
+        try:
+            effect = next(program)
+            while True:
+                if self.is_closed:
+                    effect = program.throw(ClientClosedError("the policy was closed"))
+                elif isinstance(effect, Sleep):
+                    time.sleep(effect.seconds)
+                    effect = next(program)
+                else:
+                    effect = program.send(self._make(effect.calls))
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            program.close()
+
+    def close(self) -> None:
+        """Close the channel; calls under way fail."""
+        self.is_closed = True
+        if self._stream is not None:
+            self._stream.close()
+        self._channel.close()
+
+    def _make(self, calls: Sequence[Call]) -> list[Any]:
+        if len(calls) == 1 and (self._stream is None or calls[0].method != "StepBatch"):
+            return [self._blocking(calls[0])]
+        try:
+            started = [self._start(call) for call in calls]
+        except ValueError as error:
+            return [self._if_closed(error)] * len(calls)
+        return [self._finish(call, handle) for call, handle in zip(calls, started, strict=True)]
+
+    def _blocking(self, call: Call) -> Any:
+        try:
+            return getattr(self._stub, call.method)(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
+        except grpc.RpcError as error:
+            return error_from_rpc(error, call.server_epoch)
+        except ValueError as error:
+            # What gRPC raises on a channel that another thread has just closed.
+            return self._if_closed(error)
+
+    def _start(self, call: Call) -> Any:
+        if self._stream is not None and isinstance(call.request, pb.StepBatchRequest):
+            return self._stream.send(call.request, call.timeout_s)
+        method = getattr(self._stub, call.method)
+        return method.future(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
+
+    def _finish(self, call: Call, handle: Any) -> Any:
+        try:
+            return checked_reply(call, handle.result())
+        except grpc.RpcError as error:
+            return error_from_rpc(error, call.server_epoch)
+        except TenutoError as error:
+            return error
+
+    def _if_closed(self, error: Exception) -> TenutoError:
+        if self.is_closed:
+            return ClientClosedError("the policy was closed")
+        raise error
