@@ -158,8 +158,14 @@ class ObservationCodec:
                     refused.setdefault(row, error)
         return refused
 
-    def flatten(self, rows: Rows) -> NDArray[np.float32]:
-        """Checked rows -> float32 ``[N, flat_size]``, equal to ``gymnasium.spaces.flatten`` of every row."""
+    def flatten(self, rows: Rows, refused: Iterable[int] = ()) -> NDArray[np.float32]:
+        """Checked rows -> float32 ``[N, flat_size]``, equal to ``gymnasium.spaces.flatten`` of every row that is not
+        refused; what stands in a refused row means nothing.
+        """
+        if bad := list(refused):
+            rows = {leaf.name: rows[leaf.name].copy() for leaf in self.leaves}
+            for leaf in self.leaves:
+                rows[leaf.name][bad] = leaf.low
         return np.concatenate([leaf.flatten(rows[leaf.name]) for leaf in self.leaves], axis=1)
 
 

@@ -1,0 +1,1 @@
+"""The server: one process, one device, the recurrent state of every running episode."""

@@ -1,0 +1,101 @@
+"""Where sessions' state lives on the device: one packed row per slot, and the pool that leases the slots.
+
+Legend: C capacity, B rows of a batch. Slot C is the spare row: it takes the padding and is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tenuto_models import StateSpec
+
+Slots = NDArray[np.int64]
+
+
+class SlotPool:
+    """Leases slot numbers 0..C-1. A slot's generation changes whenever it is leased or released, so that a batch
+    can prove that its slots are still the sessions' they were taken for. Owned by the event loop.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.generation = np.zeros(capacity + 1, np.int64)
+        self.leased = np.zeros(capacity + 1, np.bool_)
+        # Last in, first out: the most recently used rows are the warmest.
+        self._free = list(range(capacity - 1, -1, -1))
+
+    @property
+    def num_leased(self) -> int:
+        """Slots in use."""
+        return self.capacity - len(self._free)
+
+    def lease(self) -> int | None:
+        """Take a free slot; None when there is none."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._turn(slot, leased=True)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give a leased slot back."""
+        self._turn(slot, leased=False)
+        self._free.append(slot)
+
+    def _turn(self, slot: int, *, leased: bool) -> None:
+        assert self.leased[slot] != leased, f"slot {slot} is {'already' if leased else 'not'} leased"
+        self.leased[slot] = leased
+        self.generation[slot] += 1
+
+    def require_current(self, slots: Slots, generations: NDArray[np.int64]) -> None:
+        """Assert that no slot changed hands since ``generations`` were read: the law of every gather and scatter."""
+        assert (self.generation[slots] == generations).all(), "a slot changed hands while its step was running"
+
+
+class StateArena:
+    """The state of all sessions of one policy. Tensors of one dtype are packed side by side in one matrix
+    ``[C + 1, row]``, so that moving a batch's state is one gather and one scatter. Owned by the engine's thread.
+    """
+
+    def __init__(self, spec: StateSpec, capacity: int, device: torch.device) -> None:
+        self.spec, self.spare = spec, capacity
+        self._matrices: dict[torch.dtype, Tensor] = {}
+        self._columns: dict[str, slice] = {}
+        for dtype in dict.fromkeys(t.dtype for t in spec):
+            width = 0
+            for tensor in (t for t in spec if t.dtype == dtype):
+                self._columns[tensor.name] = slice(width, width + tensor.num_elements)
+                width += tensor.num_elements
+            self._matrices[dtype] = torch.zeros((capacity + 1, width), dtype=dtype, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the device."""
+        return sum(m.numel() * m.element_size() for m in self._matrices.values())
+
+    def gather(self, slots: Tensor, episode_starts: Tensor) -> dict[str, Tensor]:
+        """Copy out the state of ``slots [B]``, zeroed where ``episode_starts [B]``: name -> ``[B, *shape]``."""
+        rows = {dtype: matrix.index_select(0, slots) for dtype, matrix in self._matrices.items()}
+        for matrix in rows.values():
+            matrix.masked_fill_(episode_starts.unsqueeze(1), 0)
+        return {t.name: rows[t.dtype][:, self._columns[t.name]].view(-1, *t.shape) for t in self.spec}
+
+    def scatter(self, slots: Tensor, state: Mapping[str, Tensor], keep: Tensor) -> None:
+        """Store the state of ``slots [B]`` where ``keep [B]``; other rows stay as they are."""
+        target = torch.where(keep, slots, self.spare)
+        for dtype, matrix in self._matrices.items():
+            parts = [state[t.name].flatten(1) for t in self.spec if t.dtype == dtype]
+            matrix.index_copy_(0, target, torch.cat(parts, dim=1))
+
+    def read(self, slot: int) -> dict[str, NDArray[Any]]:
+        """Copy one session's state to the host: name -> ``[*shape]``."""
+        return {
+            t.name: self._matrices[t.dtype][slot, self._columns[t.name]].view(t.shape).cpu().numpy().copy()
+            for t in self.spec
+        }

@@ -1,0 +1,257 @@
+"""Forms batches: which waiting steps go to the device together, when, and what becomes of those that cannot wait.
+
+:class:`BatchQueue` holds the rules and no I/O, the clock's reading is handed in. :class:`Batcher` drives it on the
+event loop: it hands a batch to the engine whenever the device is free. Both are owned by the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.errors import Refusal
+
+log = logging.getLogger(__name__)
+
+
+class TicketState(Enum):
+    """Where a ticket is on its way."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Rows of one request that run on one checkpoint. They enter one batch together or fail together."""
+
+    checkpoint: Hashable
+    """A batch runs on one checkpoint: only tickets with an equal one share it."""
+    num_rows: int
+    rows: Any
+    """What the engine needs; opaque here."""
+    enqueued_s: float
+    deadline_s: float
+    """When the rows may no longer be waiting."""
+    settled: asyncio.Future[None]
+    """Resolves when the rows were applied; raises Refusal when they were not."""
+    num_waiters: int = 1
+    """Requests that wait for it: the one that submitted it, and those that joined. At 0 a queued ticket is dropped."""
+    refused: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
+    """Rows of a settled ticket that were not applied although the others were."""
+    state: TicketState = TicketState.QUEUED
+
+
+@dataclass
+class Batch:
+    """Tickets that run together."""
+
+    checkpoint: Hashable
+    tickets: list[Ticket] = field(default_factory=list[Ticket])
+    num_rows: int = 0
+    taken_s: float = 0.0
+
+
+class BatchQueue:
+    """Waiting tickets, first in, first out per checkpoint."""
+
+    def __init__(self, max_batch: int, max_wait_s: float, max_rows: int) -> None:
+        self.max_batch, self.max_wait_s, self.max_rows = max_batch, max_wait_s, max_rows
+        self.num_rows = 0
+        self._lanes: dict[Hashable, deque[Ticket]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(lane) for lane in self._lanes.values())
+
+    def require_room(self, num_rows: int) -> None:
+        """Raise Refusal (QUEUE_FULL) where this many more rows would be too many."""
+        if self.num_rows + num_rows > self.max_rows:
+            raise Refusal(
+                pb.QUEUE_FULL, f"waiting steps: got {self.num_rows + num_rows}, expected at most {self.max_rows}"
+            )
+
+    def put(self, ticket: Ticket) -> None:
+        """Append a ticket. Its rows must fit into one batch."""
+        assert 1 <= ticket.num_rows <= self.max_batch, f"a ticket of {ticket.num_rows} rows"
+        self._lanes.setdefault(ticket.checkpoint, deque()).append(ticket)
+        self.num_rows += ticket.num_rows
+
+    def remove(self, ticket: Ticket) -> None:
+        """Take a queued ticket out."""
+        lane = self._lanes[ticket.checkpoint]
+        lane.remove(ticket)
+        self._forget(ticket, lane)
+
+    def expire(self, now_s: float) -> list[Ticket]:
+        """Take out and return the tickets whose deadline has passed."""
+        late = [t for lane in self._lanes.values() for t in lane if t.deadline_s <= now_s]
+        for ticket in late:
+            self.remove(ticket)
+        return late
+
+    def ready_at(self) -> float | None:
+        """When the next batch should close: the past when it is full, None when nothing waits."""
+        if not self._lanes:
+            return None
+        lane = self._oldest_lane()
+        rows = 0
+        for ticket in lane:
+            rows += ticket.num_rows
+            if rows >= self.max_batch:
+                return float("-inf")
+        return lane[0].enqueued_s + self.max_wait_s
+
+    def take(self, now_s: float) -> tuple[Batch, list[Ticket]]:
+        """Take the checkpoint whose first ticket waits longest, and of its tickets, in order, as many as fit.
+
+        Tickets that are too late are taken out too and returned beside the batch, which may then be empty.
+        """
+        lane = self._oldest_lane()
+        batch, late = Batch(lane[0].checkpoint, taken_s=now_s), list[Ticket]()
+        while lane and batch.num_rows + lane[0].num_rows <= self.max_batch:
+            ticket = lane.popleft()
+            self._forget(ticket, lane)
+            if ticket.deadline_s <= now_s:
+                late.append(ticket)
+                continue
+            ticket.state = TicketState.RUNNING
+            batch.tickets.append(ticket)
+            batch.num_rows += ticket.num_rows
+        return batch, late
+
+    def drain(self) -> list[Ticket]:
+        """Take out everything."""
+        tickets = [t for lane in self._lanes.values() for t in lane]
+        self._lanes.clear()
+        self.num_rows = 0
+        return tickets
+
+    def _oldest_lane(self) -> deque[Ticket]:
+        return min(self._lanes.values(), key=lambda lane: lane[0].enqueued_s)
+
+    def _forget(self, ticket: Ticket, lane: deque[Ticket]) -> None:
+        self.num_rows -= ticket.num_rows
+        if not lane:
+            del self._lanes[ticket.checkpoint]
+
+
+R = TypeVar("R")
+
+
+class Batcher(Generic[R]):
+    """Hands batches to the device, one at a time, and settles their tickets.
+
+    ``start(batch, done)`` begins a batch without blocking and has ``done(result, error)`` called on the event loop when
+    it is over. ``commit(batch, result)`` records what was applied; ``abandon(ticket)`` records that a ticket's rows
+    were not. Every ticket is settled exactly once.
+    """
+
+    def __init__(
+        self,
+        queue: BatchQueue,
+        clock: Callable[[], float],
+        start: Callable[[Batch, Callable[[R | None, BaseException | None], None]], None],
+        commit: Callable[[Batch, R], None],
+        abandon: Callable[[Ticket], None],
+    ) -> None:
+        self.queue = queue
+        self._clock, self._start, self._commit, self._abandon = clock, start, commit, abandon
+        self._running: Batch | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
+        return self._running is None and len(self.queue) == 0
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue a ticket; it runs at once where the device is free and no company is awaited."""
+        if self._closed:
+            self._fail(ticket, Refusal(pb.DRAINING, "the server has stopped"))
+            return
+        self.queue.put(ticket)
+        self._dispatch()
+
+    def leave(self, ticket: Ticket) -> None:
+        """One waiter gave up. When it was the last and the ticket still waits, the ticket is dropped; a running one
+        is not stopped: its step is applied and its reply stored.
+        """
+        ticket.num_waiters -= 1
+        if ticket.num_waiters == 0 and ticket.state is TicketState.QUEUED:
+            self.queue.remove(ticket)
+            self._fail(ticket, Refusal(pb.QUEUE_TIMEOUT, "the caller gave up while the step was waiting"))
+
+    def expire(self) -> None:
+        """Refuse the tickets that waited too long; called regularly, since the device may be stuck."""
+        self._refuse_late(self.queue.expire(self._clock()))
+
+    def close(self) -> None:
+        """Refuse everything that waits and all that comes; what runs is settled when it ends."""
+        self._closed = True
+        for ticket in self.queue.drain():
+            self._fail(ticket, Refusal(pb.DRAINING, "the server has stopped"))
+
+    def _dispatch(self) -> None:
+        """Start the next batch if the device is free and the batch may close; else come back when it may."""
+        if self._running is not None or self._closed:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._running is None and (ready_s := self.queue.ready_at()) is not None:
+            now_s = self._clock()
+            if now_s < ready_s:
+                self._timer = asyncio.get_running_loop().call_later(ready_s - now_s, self._dispatch)
+                return
+            batch, late = self.queue.take(now_s)
+            self._refuse_late(late)
+            if batch.tickets:
+                self._run(batch)
+
+    def _run(self, batch: Batch) -> None:
+        self._running = batch
+        try:
+            self._start(batch, lambda result, error: self._finish(batch, result, error))
+        except Exception as error:  # noqa: BLE001 (whatever it was, the waiters must hear of it)
+            self._finish(batch, None, error)
+
+    def _finish(self, batch: Batch, result: R | None, error: BaseException | None) -> None:
+        assert self._running is batch
+        self._running = None
+        if error is not None or result is None:
+            log.error("a batch of %d rows failed", batch.num_rows, exc_info=error)
+            for ticket in batch.tickets:
+                self._fail(ticket, Refusal(pb.COMPUTE_FAILED, "the forward pass failed; the step was not applied"))
+        else:
+            self._commit(batch, result)
+            for ticket in batch.tickets:
+                self._settle(ticket, None)
+        self._dispatch()
+
+    def _refuse_late(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            waited_s = self._clock() - ticket.enqueued_s
+            message = f"the step waited {waited_s:.3f} s for the device and was not applied"
+            self._fail(ticket, Refusal(pb.QUEUE_TIMEOUT, message))
+
+    def _fail(self, ticket: Ticket, refusal: Refusal) -> None:
+        self._abandon(ticket)
+        self._settle(ticket, refusal)
+
+    def _settle(self, ticket: Ticket, refusal: Refusal | None) -> None:
+        ticket.state = TicketState.DONE
+        if ticket.settled.cancelled():
+            return
+        if refusal is None:
+            ticket.settled.set_result(None)
+        else:
+            ticket.settled.set_exception(refusal)
+            ticket.settled.exception()  # Mark as seen: the last waiter may have left already.

@@ -1,0 +1,120 @@
+"""The settings of one server process; argv is read here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from tenuto_server.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Checked settings. Each field is also the flag ``--field-name`` of ``tenuto-serve``."""
+
+    repository: Path
+    """Folder of checkpoints: <repository>/<policy>/<version>/. Created if it does not exist."""
+    host: str = "127.0.0.1"
+    """Address to listen on, for gRPC and metrics. Nothing authenticates a caller: mind what you bind to."""
+    port: int = 50051
+    """TCP port of the gRPC service; 0: any free one, which is logged."""
+    metrics_port: int = 9464
+    """TCP port of /metrics, /healthz and /readyz; 0: any free one, which is logged."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: CUDA where there is one."""
+    capacity: int = 4096
+    """Sessions per policy that may be open at once."""
+    max_batch: int = 256
+    """Rows in one forward pass, and in one StepBatch request."""
+    max_wait_ms: float = 0.0
+    """Milliseconds that a step waits for company although the device is free; 0: a batch is what has gathered."""
+    max_queued: int = 16384
+    """Rows that may wait for the device before steps are refused with QUEUE_FULL."""
+    queue_timeout_s: float = 10.0
+    """Seconds that a step may wait for the device at most, whatever its own deadline."""
+    idle_timeout_s: float = 300.0
+    """Seconds without a step after which a session expires."""
+    drain_timeout_s: float = 30.0
+    """Seconds after SIGTERM in which running episodes may finish."""
+    max_message_bytes: int = 16 * 1024 * 1024
+    """Bytes of one request."""
+    torch_threads: int = 1
+    """CPU threads of one forward pass; on small hosts 1 leaves the other cores to gRPC."""
+    poll_s: float = 5.0
+    """Seconds between looks at the repository besides file system events, which network mounts do not send."""
+    log_level: str = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""
+
+    def __post_init__(self) -> None:
+        for name in ("port", "metrics_port"):
+            self._require(name, 0 <= getattr(self, name) <= 65535, "0..65535")
+        for name in ("capacity", "max_batch", "max_queued", "torch_threads"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("queue_timeout_s", "idle_timeout_s", "poll_s"):
+            self._require(name, 0 < getattr(self, name) < float("inf"), "more than 0")
+        for name in ("max_wait_ms", "drain_timeout_s"):
+            self._require(name, 0 <= getattr(self, name) < float("inf"), "at least 0")
+        self._require("max_queued", self.max_queued >= self.max_batch, f"at least max_batch, {self.max_batch}")
+        self._require("max_message_bytes", self.max_message_bytes >= 1024, "at least 1024")
+        self._require("log_level", self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR"), "a level name")
+        if self.repository.exists() and not self.repository.is_dir():
+            raise ConfigurationError(f"repository: got {self.repository}, which is a file, expected a folder")
+
+    def _require(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ConfigurationError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batch sizes that a forward pass is padded to: powers of two from 4 on, then max_batch.
+
+        From 4 rows on a row's result did not depend on the number of rows on the CPUs that we measured.
+        """
+        sizes = [4]
+        while sizes[-1] < self.max_batch:
+            sizes.append(min(2 * sizes[-1], self.max_batch))
+        return tuple(sizes)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
+    """Read the command line. Raises ConfigurationError for a bad value; argparse exits for unknown flags."""
+    parser = argparse.ArgumentParser(
+        prog="tenuto-serve", description="Serve policies that remember, from a folder of checkpoints, over gRPC."
+    )
+    kinds = {"int": int, "float": float, "str": str, "Path": Path}
+    for field in fields(ServerConfig):
+        required = field.name == "repository"
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=kinds[str(field.type)],
+            required=required,
+            default=None if required else field.default,
+            metavar=str(field.type).upper().replace("PATH", "DIR"),
+            help=_help(field.name) + ("" if required else f" (default: {field.default})"),
+        )
+    return ServerConfig(**vars(parser.parse_args(argv)))
+
+
+def _help(name: str) -> str:
+    return _HELP[name].replace("%", "%%")
+
+
+def _field_docs() -> dict[str, str]:
+    """The strings under the fields of ServerConfig, so that a flag's help and its documentation are one text."""
+    import ast
+    import inspect
+    import textwrap
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(ServerConfig))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            docs[statement.target.id] = str(after.value.value)
+    return docs
+
+
+_HELP = _field_docs()

@@ -1,0 +1,64 @@
+"""Errors of the server.
+
+ServerError
+├── ConfigurationError  a setting that the server cannot run with; ends the process before it serves
+└── Refusal             a request, or one row of it, that the server will not carry out; its text leaves the server
+
+Anything else that escapes is a fault of ours: it is logged with its traceback and leaves as INTERNAL without details.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+
+from tenuto_proto.v1 import policy_pb2 as pb
+
+_CODES: dict[int, grpc.StatusCode] = {
+    pb.POLICY_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    pb.VERSION_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    pb.SESSION_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    pb.SESSION_CLOSED: grpc.StatusCode.FAILED_PRECONDITION,
+    pb.SESSION_EXPIRED: grpc.StatusCode.FAILED_PRECONDITION,
+    pb.SESSION_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
+    pb.STEP_INDEX_MISMATCH: grpc.StatusCode.ABORTED,
+    pb.STEP_IN_FLIGHT: grpc.StatusCode.ABORTED,
+    pb.CAPACITY_REACHED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    pb.QUEUE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    pb.QUEUE_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
+    pb.DRAINING: grpc.StatusCode.UNAVAILABLE,
+    pb.COMPUTE_FAILED: grpc.StatusCode.INTERNAL,
+}
+"""Reasons that are not here are faults of the request: INVALID_ARGUMENT."""
+
+
+class ServerError(Exception):
+    """Base of every error that the server raises on purpose."""
+
+
+class ConfigurationError(ServerError):
+    """A setting that the server cannot run with."""
+
+
+class Refusal(ServerError):
+    """A request, or a row, that is not carried out. Nothing changed."""
+
+    def __init__(self, reason: int, message: str, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The gRPC status code that goes with the reason."""
+        return _CODES.get(self.reason, grpc.StatusCode.INVALID_ARGUMENT)
+
+    @property
+    def reason_name(self) -> str:
+        """The reason as it stands in ErrorInfo and in the metrics."""
+        return pb.ErrorReason.Name(self.reason)
+
+    def to_wire(self) -> pb.Error:
+        """Describe the refusal of one row."""
+        return pb.Error(code=self.code.value[0], reason=self.reason_name, message=str(self), metadata=self.metadata)

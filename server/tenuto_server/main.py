@@ -1,0 +1,187 @@
+"""``tenuto-serve``: builds the parts, keeps them running, and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_proto.v1 import policy_pb2_grpc
+from tenuto_server.batcher import BatchQueue
+from tenuto_server.config import ServerConfig, parse_args
+from tenuto_server.engine import Engine, choose_device
+from tenuto_server.errors import ConfigurationError
+from tenuto_server.metrics import Metrics, MetricsServer
+from tenuto_server.policies import PolicyRegistry
+from tenuto_server.reload import Reloader
+from tenuto_server.service import PolicyService, RefusalInterceptor
+from tenuto_server.stepper import Stepper
+
+log = logging.getLogger("tenuto")
+SERVICE = pb.DESCRIPTOR.services_by_name["PolicyService"].full_name
+_SWEEP_S = 0.25
+_DRAIN_LOOK_S = 0.05
+_STOP_GRACE_S = 2.0
+
+
+class Server:
+    """One serving process. Owned by the event loop that runs :meth:`run`."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        torch.set_num_threads(config.torch_threads)
+        config.repository.mkdir(parents=True, exist_ok=True)
+        self.metrics = Metrics()
+        self.engine = Engine(choose_device(config.device), config.buckets)
+        self.registry = PolicyRegistry()
+        epoch = secrets.randbits(63)
+        queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued)
+        self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)
+        self.reloader = Reloader(config.repository, self.registry, self.engine, self.metrics, config.capacity, epoch)
+        limits = pb.Limits(
+            max_batch_rows=config.max_batch,
+            max_message_bytes=config.max_message_bytes,
+            idle_timeout_s=config.idle_timeout_s,
+            queue_timeout_s=config.queue_timeout_s,
+        )
+        self.service = PolicyService(
+            self.registry, self.stepper, self.engine, self.metrics, limits, epoch, time.monotonic
+        )
+        self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. Raises ConfigurationError where a port is taken."""
+        loop = asyncio.get_running_loop()
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, self._on_signal)
+        server = await self._listen()
+        watching = asyncio.create_task(self.reloader.watch(self.config.poll_s, self._stop))
+        sweeping = asyncio.create_task(self._sweep())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({watching, sweeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        failed = next((t for t in (watching, sweeping) if t.done() and t.exception() is not None), None)
+        await self._drain()
+        self.stepper.batcher.close()
+        await server.stop(_STOP_GRACE_S)
+        sweeping.cancel()
+        self.engine.close()
+        self.metrics_server.close()
+        if failed is not None:
+            raise RuntimeError("a background task of the server failed") from failed.exception()
+        log.info("stopped")
+
+    async def _listen(self) -> grpc.aio.Server:
+        config = self.config
+        server = grpc.aio.server(
+            interceptors=[RefusalInterceptor(self.metrics)],
+            options=[
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                # Robots on mobile links keep idle streams open; let them ping.
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self.service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        await self._set_health(serving=False)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        try:
+            port = server.add_insecure_port(f"{host}:{config.port}")
+        except RuntimeError as error:
+            raise ConfigurationError(f"port: got {config.host}:{config.port}, which cannot be bound") from error
+        try:
+            self.metrics_server = MetricsServer(self.metrics, config.host, config.metrics_port, self.not_ready)
+        except OSError as error:
+            raise ConfigurationError(
+                f"metrics_port: got {config.host}:{config.metrics_port}, which cannot be bound ({error.strerror})"
+            ) from error
+        await server.start()
+        log.info(
+            "listening on %s:%d, metrics on port %d, device %s, repository %s",
+            config.host, port, self.metrics_server.port, self.engine.device, config.repository,
+        )  # fmt: skip
+        return server
+
+    def not_ready(self) -> str | None:
+        """Why steps would not be answered; None when they would."""
+        if self._stop.is_set():
+            return "draining"
+        if len(self.registry) == 0:
+            return "no policy is served yet"
+        return None
+
+    async def _sweep(self) -> None:
+        """Regularly: expire idle sessions and late steps, drop unused versions, and say whether we are ready."""
+        while True:
+            await self._set_health(serving=self.not_ready() is None)
+            now_s = time.monotonic()
+            for policy in self.registry:
+                for slot in policy.sessions.idle_slots(now_s, self.config.idle_timeout_s):
+                    self.service.end_session(policy, slot, pb.SESSION_EXPIRED)
+                for version in policy.drop_unused_versions():
+                    log.info("dropped version %d of policy %s: no session needs it", version, policy.name)
+                self.metrics.versions_held.labels(policy.name).set(len(policy.versions))
+            self.stepper.batcher.expire()
+            await asyncio.sleep(_SWEEP_S)
+
+    async def _set_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self.health.set(name, status)
+
+    async def _drain(self) -> None:
+        """Refuse new sessions and episodes, and wait for the open ones until the timeout or a second signal."""
+        self.stepper.draining = True
+        await self._set_health(serving=False)
+        deadline_s = time.monotonic() + self.config.drain_timeout_s
+        open_sessions = self._num_sessions()
+        log.info("draining: %d sessions are open, at most %g s", open_sessions, self.config.drain_timeout_s)
+        while self._num_sessions() and time.monotonic() < deadline_s and not self._hurry.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), _DRAIN_LOOK_S)
+        if left := self._num_sessions():
+            log.warning("%d sessions were still open at the end of the drain", left)
+
+    def _num_sessions(self) -> int:
+        return sum(len(policy.sessions) for policy in self.registry)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``tenuto-serve``."""
+    try:
+        config = parse_args(argv)
+        logging.basicConfig(
+            level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        asyncio.run(_serve(config))
+    except ConfigurationError as error:
+        sys.exit(f"tenuto-serve: {error}")
+
+
+async def _serve(config: ServerConfig) -> None:
+    await Server(config).run()
+
+
+if __name__ == "__main__":
+    main()

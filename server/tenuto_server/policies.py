@@ -1,0 +1,143 @@
+"""The policies that this server serves: for each its versions, sessions, state and stored replies.
+
+Owned by the event loop. The reloader adds versions; a version leaves when no session needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tenuto_models import Checkpoint
+from tenuto_proto import ObservationCodec, space_to_wire
+from tenuto_proto.tensors import WIRE_DTYPES
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.arena import StateArena
+from tenuto_server.engine import Engine, ServedVersion
+from tenuto_server.errors import Refusal
+from tenuto_server.sessions import ReplyStore, SessionTable
+
+
+class MismatchError(Exception):
+    """A checkpoint is sound but does not fit the policy that is being served."""
+
+
+class ServedPolicy:
+    """One policy: everything that all its versions share."""
+
+    def __init__(self, first: Checkpoint, engine: Engine, capacity: int, server_epoch: int) -> None:
+        policy = first.policy
+        self.name = first.policy_name
+        self.observation_space, self.action_space = policy.observation_space, policy.action_space
+        self.state_spec, self.state_fingerprint = policy.state_spec, policy.state_fingerprint
+        self.wire_observation_space = space_to_wire(policy.observation_space)
+        self.wire_action_space = space_to_wire(policy.action_space)
+        self.codec = ObservationCodec(self.wire_observation_space)
+        self.sessions = SessionTable(capacity, server_epoch)
+        self.arena = StateArena(policy.state_spec, capacity, engine.device)
+        action_shape: Any = policy.action_space.shape
+        self.replies = ReplyStore(
+            capacity, tuple(action_shape), np.dtype(policy.action_space.dtype), policy.distribution.num_logits
+        )
+        self.versions: dict[int, ServedVersion] = {}
+
+    @property
+    def newest(self) -> ServedVersion:
+        """The version that new episodes begin with."""
+        return self.versions[max(self.versions)]
+
+    def prepare(self, checkpoint: Checkpoint, engine: Engine) -> ServedVersion:
+        """Move a checkpoint to the device. Raises MismatchError where spaces or state differ from those served."""
+        policy = checkpoint.policy
+        for what, got, expected in (
+            ("observation space", policy.observation_space, self.observation_space),
+            ("action space", policy.action_space, self.action_space),
+            ("state", policy.state_spec, self.state_spec),
+        ):
+            if got != expected:
+                raise MismatchError(f"{what}: got {got}, expected {expected}, as in the versions being served")
+        module = policy.to(engine.device).eval().requires_grad_(False)
+        return ServedVersion(self.name, checkpoint.version, module, checkpoint.training, self.arena, self.sessions.pool)
+
+    def find_version(self, version: int) -> ServedVersion:
+        """Return a held version; 0 is the newest. Raises Refusal (VERSION_UNKNOWN)."""
+        if version == 0:
+            return self.newest
+        found = self.versions.get(version)
+        if found is None:
+            raise Refusal(
+                pb.VERSION_UNKNOWN,
+                f"policy {self.name!r} version: got {version}, expected one of {sorted(self.versions)}",
+                {"versions": ",".join(map(str, sorted(self.versions)))},
+            )
+        return found
+
+    def drop_unused_versions(self) -> list[int]:
+        """Forget the versions that are not the newest and that no session needs; returns their numbers."""
+        unused = self.versions.keys() - self.sessions.versions_in_use() - {self.newest.version}
+        for version in unused:
+            del self.versions[version]
+        return sorted(unused)
+
+    def describe(self, version: ServedVersion, limits: pb.Limits, server_epoch: int) -> pb.GetPolicyResponse:
+        """Fill in GetPolicyResponse."""
+        training = version.training
+        return pb.GetPolicyResponse(
+            policy_name=self.name,
+            version=version.version,
+            versions=sorted(self.versions),
+            observation_space=self.wire_observation_space,
+            action_space=self.wire_action_space,
+            observation=self.codec.specs(),
+            state=[
+                pb.TensorSpec(
+                    name=t.name, dtype=WIRE_DTYPES[np.dtype(str(t.dtype).removeprefix("torch."))], shape=t.shape
+                )
+                for t in self.state_spec
+            ],
+            state_fingerprint=self.state_fingerprint,
+            training=pb.TrainingProgress(
+                env_steps=training.env_steps, iteration=training.iteration, return_mean=training.return_mean
+            ),
+            limits=limits,
+            server_epoch=server_epoch,
+        )
+
+
+class PolicyRegistry:
+    """The served policies by name."""
+
+    def __init__(self) -> None:
+        self._policies: dict[str, ServedPolicy] = {}
+
+    def __iter__(self):
+        return iter(self._policies.values())
+
+    def __len__(self) -> int:
+        return len(self._policies)
+
+    def get(self, name: str) -> ServedPolicy | None:
+        """Return the policy of exactly this name."""
+        return self._policies.get(name)
+
+    def add(self, policy: ServedPolicy) -> None:
+        """Serve a policy from now on; it has at least one version."""
+        assert policy.versions and policy.name not in self._policies
+        self._policies[policy.name] = policy
+
+    def find(self, name: str) -> ServedPolicy:
+        """Resolve a name; empty is the only policy. Raises Refusal (POLICY_UNKNOWN)."""
+        if not name and len(self._policies) == 1:
+            return next(iter(self))
+        found = self._policies.get(name)
+        if found is None:
+            raise Refusal(pb.POLICY_UNKNOWN, f"policy: got {name!r}, expected one of {sorted(self._policies)}")
+        return found
+
+    def of_session(self, session_id: int) -> ServedPolicy | None:
+        """Return the policy that the session belongs, or belonged, to."""
+        for policy in self:
+            if session_id in policy.sessions:
+                return policy
+        return next((p for p in self if p.sessions.ended(session_id) is not None), None)

@@ -1,0 +1,119 @@
+"""Watches the repository and brings new versions into service under running episodes.
+
+A version is read and verified on a worker thread, warmed on the engine's thread one bucket at a time between batches,
+and only then offered to new episodes. One that is refused is named, counted, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from watchfiles import awatch
+
+from tenuto_models import CheckpointError, checkpoint
+from tenuto_server.engine import Engine, ServedVersion
+from tenuto_server.metrics import Metrics
+from tenuto_server.policies import MismatchError, PolicyRegistry, ServedPolicy
+
+log = logging.getLogger(__name__)
+_DEBOUNCE_MS = 100
+
+
+class Reloader:
+    """Owned by the event loop."""
+
+    def __init__(
+        self, repository: Path, registry: PolicyRegistry, engine: Engine, metrics: Metrics, capacity: int, epoch: int
+    ) -> None:
+        self._repository, self._registry, self._engine, self._metrics = repository, registry, engine, metrics
+        self._capacity, self._epoch = capacity, epoch
+        self._refused: dict[tuple[str, int], object] = {}
+
+    async def watch(self, poll_s: float, stop: asyncio.Event) -> None:
+        """Scan now, at every change of the repository and every ``poll_s`` seconds, until ``stop``."""
+        await self.scan()
+        async for _ in awatch(
+            self._repository,
+            debounce=_DEBOUNCE_MS,
+            step=_DEBOUNCE_MS // 2,
+            rust_timeout=int(poll_s * 1000),
+            yield_on_timeout=True,
+            stop_event=stop,
+        ):
+            await self.scan()
+
+    async def scan(self) -> None:
+        """Load the newest sound version of every policy that is newer than the one in service."""
+        for name in await asyncio.to_thread(checkpoint.policies, self._repository):
+            policy = self._registry.get(name)
+            current = policy.newest.version if policy else 0
+            present = await asyncio.to_thread(checkpoint.versions, self._repository / name)
+            for version in sorted((v for v in present if v > current), reverse=True):
+                if await self._load(name, version):
+                    break
+
+    async def _load(self, name: str, version: int) -> bool:
+        """Bring one version into service; False where it was refused, now or before in the same form."""
+        folder = self._repository / name / str(version)
+        form = await asyncio.to_thread(_form, folder)
+        if self._refused.get((name, version)) == form:
+            return False
+        try:
+            loaded = await asyncio.to_thread(checkpoint.read, folder)
+            policy = self._registry.get(name)
+            first = policy is None
+            if policy is None:
+                policy = ServedPolicy(loaded, self._engine, self._capacity, self._epoch)
+            served = await self._engine.call(lambda: policy.prepare(loaded, self._engine))
+        except (CheckpointError, MismatchError) as error:
+            self._refused[name, version] = form
+            self._metrics.checkpoints.labels(name, "refused").inc()
+            log.warning("refused version %d of policy %s: %s", version, name, error)
+            return False
+        except Exception:
+            self._metrics.checkpoints.labels(name, "failed").inc()
+            log.exception("could not load version %d of policy %s; it is tried again", version, name)
+            return False
+        await self._warm(served, self_test=first)
+        policy.versions[version] = served
+        if first:
+            self._registry.add(policy)
+            self._metrics.capacity.labels(name).set(self._capacity)
+            self._metrics.arena_bytes.labels(name).set(policy.arena.num_bytes)
+        policy.drop_unused_versions()
+        self._metrics.newest_version.labels(name).set(version)
+        self._metrics.checkpoints.labels(name, "loaded").inc()
+        training = loaded.training
+        log.info(
+            "serving version %d of policy %s (%d env steps, training return %s)",
+            version, name, training.env_steps, training.return_mean,
+        )  # fmt: skip
+        return True
+
+    async def _warm(self, served: ServedVersion, *, self_test: bool) -> None:
+        """Run every bucket once. With ``self_test`` also compare what they computed for the same row."""
+        first_rows: list[NDArray[np.float32]] = []
+        for bucket in self._engine.buckets:
+            first_rows.append(await self._engine.call(lambda size=bucket: self._engine.warm(served, size)))
+        if self_test:
+            equal = all(np.array_equal(first_rows[0], row) for row in first_rows)
+            self._metrics.batch_invariant.labels(served.policy_name).set(equal)
+            if not equal:
+                spread = float(np.max(np.ptp(np.stack(first_rows), axis=0)))
+                log.warning(
+                    "policy %s: logits differ by up to %.1e between batch sizes on this device",
+                    served.policy_name, spread,
+                )  # fmt: skip
+
+
+def _form(folder: Path) -> object:
+    """What tells a changed folder from the one that was refused."""
+    found: list[tuple[str, int, int]] = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        stat = path.stat()
+        found.append((path.name, stat.st_size, stat.st_mtime_ns))
+    return found

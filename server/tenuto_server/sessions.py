@@ -1,0 +1,327 @@
+"""The sessions of one policy: who they are, which step comes next, what the last reply was.
+
+Pure bookkeeping without I/O: the clock's reading is handed in, the event loop is the only caller. Columns are numpy
+arrays indexed by slot, so that a batch is admitted and committed by a handful of array operations.
+
+Legend: C capacity, n rows of a request.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.arena import SlotPool, Slots
+from tenuto_server.errors import Refusal
+
+if TYPE_CHECKING:
+    from tenuto_server.batcher import Ticket
+
+MAX_REMEMBERED = 65_536
+"""Ended sessions whose fate is remembered, so that a late call learns why."""
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """What a client chose when it opened a session."""
+
+    pinned_version: int
+    """0: each episode begins with the newest version."""
+    seed: int
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What is remembered of a session that is gone."""
+
+    reason: int
+    """SESSION_CLOSED or SESSION_EXPIRED."""
+    num_steps: int
+    num_episodes: int
+
+
+@dataclass
+class Admission:
+    """What :meth:`SessionTable.admit` decided about each of n rows."""
+
+    slots: Slots
+    """[n]; the spare slot where the row was refused."""
+    episode_starts: NDArray[np.bool_]
+    """[n]; true also for the first step of a session."""
+    versions: NDArray[np.int64]
+    """[n]; the version that computes the step."""
+    run: NDArray[np.int64]
+    """Rows that advance now. Their sessions are busy until commit or release."""
+    joined: dict[int, Ticket] = field(default_factory=dict[int, "Ticket"])
+    """Rows whose very step is already under way: row -> its ticket."""
+    refused: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
+    """Rows that cannot be carried out. Rows in none of the three are answered from the stored reply."""
+
+
+class SessionTable:
+    """Owns the slots of one policy's sessions."""
+
+    def __init__(self, capacity: int, server_epoch: int) -> None:
+        self.pool = SlotPool(capacity)
+        self._server_epoch = server_epoch
+        self._slots: dict[int, int] = {}
+        self._ended: OrderedDict[int, Ended] = OrderedDict()
+        rows = capacity + 1
+        self.session_id = np.zeros(rows, np.uint64)
+        self.next_index = np.zeros(rows, np.uint64)
+        self.seed = np.zeros(rows, np.uint64)
+        self.deterministic = np.zeros(rows, np.bool_)
+        self.pinned = np.zeros(rows, np.int64)
+        self.version = np.zeros(rows, np.int64)
+        self.next_version = np.zeros(rows, np.int64)
+        self.busy = np.zeros(rows, np.bool_)
+        self.closing = np.zeros(rows, np.bool_)
+        self.last_active_s = np.zeros(rows, np.float64)
+        self.num_episodes = np.zeros(rows, np.int64)
+        self.episode_return = np.zeros(rows, np.float64)
+        self.has_reward = np.zeros(rows, np.bool_)
+        self.ticket = np.empty(rows, object)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, session_id: int) -> bool:
+        return session_id in self._slots
+
+    def session_ids(self) -> list[int]:
+        """Ids of the open sessions, ascending."""
+        return sorted(self._slots)
+
+    # ------------------------------------------------------------------ open and end
+
+    def open(self, session_id: int, options: SessionOptions, now_s: float) -> int:
+        """Lease a slot and return it. The same open again, before any step, returns the same slot.
+
+        Raises Refusal: SESSION_EXISTS, SESSION_CLOSED or SESSION_EXPIRED (an id is not used twice), CAPACITY_REACHED.
+        """
+        slot = self._slots.get(session_id)
+        if slot is not None:
+            if self.next_index[slot] == 0 and not self.busy[slot] and self.options(slot) == options:
+                self.last_active_s[slot] = now_s
+                return slot
+            raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists with other options or steps taken")
+        if session_id in self._ended:
+            raise self._refuse_unknown(session_id)
+        slot = self.pool.lease()
+        if slot is None:
+            raise Refusal(pb.CAPACITY_REACHED, f"sessions: got one more, expected at most {self.pool.capacity} at once")
+        self._slots[session_id] = slot
+        self.session_id[slot] = session_id
+        self.seed[slot], self.deterministic[slot] = options.seed, options.deterministic
+        self.pinned[slot], self.version[slot], self.next_version[slot] = options.pinned_version, 0, 0
+        self.next_index[slot] = self.num_episodes[slot] = 0
+        self.busy[slot] = self.closing[slot] = self.has_reward[slot] = False
+        self.episode_return[slot] = 0.0
+        self.last_active_s[slot] = now_s
+        return slot
+
+    def options(self, slot: int) -> SessionOptions:
+        """What the session in this slot was opened with."""
+        return SessionOptions(int(self.pinned[slot]), int(self.seed[slot]), bool(self.deterministic[slot]))
+
+    def find(self, session_id: int) -> int:
+        """Return the slot of an open session. Raises Refusal (SESSION_UNKNOWN, _CLOSED, _EXPIRED)."""
+        slot = self._slots.get(session_id)
+        if slot is None:
+            raise self._refuse_unknown(session_id)
+        return slot
+
+    def ended(self, session_id: int) -> Ended | None:
+        """What is remembered of an ended session."""
+        return self._ended.get(session_id)
+
+    def end(self, slot: int, reason: int) -> Ended:
+        """End a session. Its slot is free at once, or, while a step of it is under way, after that step."""
+        session_id = int(self.session_id[slot])
+        ended = Ended(reason, int(self.next_index[slot]), int(self.num_episodes[slot]))
+        del self._slots[session_id]
+        self._ended[session_id] = ended
+        if len(self._ended) > MAX_REMEMBERED:
+            self._ended.popitem(last=False)
+        if self.busy[slot]:
+            self.closing[slot] = True
+        else:
+            self.pool.release(slot)
+        return ended
+
+    def idle_slots(self, now_s: float, idle_timeout_s: float) -> list[int]:
+        """Slots of the sessions without a step for longer than the timeout. A busy session is never idle."""
+        idle = self.pool.leased & ~self.busy & (now_s - self.last_active_s > idle_timeout_s)
+        return np.flatnonzero(idle).tolist()
+
+    def versions_in_use(self) -> set[int]:
+        """Versions that a running episode, a running step or a pin holds."""
+        leased = self.pool.leased
+        held = (column[leased] for column in (self.version, self.next_version, self.pinned))
+        return set(np.unique(np.concatenate(list(held))).tolist()) - {0}
+
+    # ------------------------------------------------------------------ admit, then commit or release
+
+    def admit(
+        self,
+        session_ids: NDArray[np.uint64],
+        step_indices: NDArray[np.uint64],
+        episode_starts: NDArray[np.bool_],
+        refused: dict[int, Refusal],
+        newest_version: int,
+        draining: bool,
+    ) -> Admission:
+        """Decide about n rows: run, join, answer from the stored reply, or refuse. Rows to run become busy.
+
+        ``refused`` are rows that an earlier station turned down; they touch no session.
+        """
+        n = len(session_ids)
+        spare = self.pool.capacity
+        ids: list[int] = session_ids.tolist()
+        slots = np.fromiter((self._slots.get(i, spare) for i in ids), np.int64, n)
+        starts = episode_starts | (step_indices == 0)
+        # The usual case, decided at once: every row is the next step of another idle session.
+        usual = (slots != spare) & (step_indices == self.next_index[slots]) & ~self.busy[slots]
+        if draining:
+            usual &= ~starts
+        joined: dict[int, Ticket] = {}
+        if refused or not usual.all() or len(set(ids)) != n:
+            refused = dict(refused)
+            counts: dict[int, int] = {}
+            for session_id in ids:
+                counts[session_id] = counts.get(session_id, 0) + 1
+            for row in range(n):
+                if row in refused:
+                    usual[row] = False
+                elif counts[ids[row]] > 1:
+                    usual[row] = False
+                    refused[row] = Refusal(
+                        pb.SESSION_REPEATED, f"session {ids[row]}: got {counts[ids[row]]} rows, expected one"
+                    )
+                elif not usual[row]:
+                    verdict = self._unusual(ids[row], int(slots[row]), int(step_indices[row]))
+                    if isinstance(verdict, Refusal):
+                        refused[row] = verdict
+                    elif verdict is not None:
+                        joined[row] = verdict
+            for row in refused:
+                slots[row] = spare
+        run = np.flatnonzero(usual)
+        running = slots[run]
+        begin = np.where(self.pinned[slots] > 0, self.pinned[slots], newest_version)
+        versions = np.where(starts, begin, self.version[slots])
+        self.busy[running] = True
+        self.next_version[running] = versions[run]
+        return Admission(slots, starts, versions, run, joined, refused)
+
+    def _unusual(self, session_id: int, slot: int, step_index: int) -> Refusal | Ticket | None:
+        """Decide about a row that is not simply the next step: a refusal, the ticket to join, or None for a replay."""
+        if slot == self.pool.capacity:
+            return self._refuse_unknown(session_id)
+        expected = int(self.next_index[slot])
+        if self.busy[slot]:
+            if step_index == expected:
+                return self.ticket[slot]
+            return Refusal(
+                pb.STEP_IN_FLIGHT, f"session {session_id}: step {expected} is under way, got step {step_index}"
+            )
+        if step_index == expected:
+            return Refusal(pb.DRAINING, "the server is shutting down and begins no episode")
+        if step_index + 1 == expected:
+            return None
+        return Refusal(
+            pb.STEP_INDEX_MISMATCH,
+            f"session {session_id} step_index: got {step_index}, expected {expected}",
+            {"expected": str(expected)},
+        )
+
+    def commit(
+        self, slots: Slots, episode_starts: NDArray[np.bool_], rewards: NDArray[np.float32], now_s: float
+    ) -> list[tuple[int, float]]:
+        """Record that each slot's step was applied; the sessions are no longer busy.
+
+        ``rewards`` belong to the actions before this step; NaN is not known. Returns the episodes that this step
+        found finished and whose rewards are known: (version, return).
+        """
+        finished = self._credit(slots, episode_starts, rewards)
+        self.num_episodes[slots] += episode_starts
+        self.next_index[slots] += np.uint64(1)
+        self.version[slots] = self.next_version[slots]
+        self._settle(slots, now_s)
+        return finished
+
+    def release(self, slots: Slots, now_s: float) -> None:
+        """Record that the slots' steps were not applied: the sessions are where they were, and no longer busy."""
+        self.next_version[slots] = self.version[slots]
+        self._settle(slots, now_s)
+
+    def credit_last(self, slot: int, reward: float) -> list[tuple[int, float]]:
+        """Add the reward of a session's last action and finish its episode; as the result of :meth:`commit`."""
+        rewards = np.array([reward], np.float32)
+        return self._credit(np.array([slot]), np.ones(1, np.bool_), rewards)
+
+    def _credit(
+        self, slots: Slots, episode_starts: NDArray[np.bool_], rewards: NDArray[np.float32]
+    ) -> list[tuple[int, float]]:
+        known = np.isfinite(rewards) & (self.version[slots] > 0)
+        self.episode_return[slots[known]] += rewards[known]
+        self.has_reward[slots[known]] = True
+        begun = slots[episode_starts]
+        ended = begun[self.has_reward[begun]]
+        finished = list(zip(self.version[ended].tolist(), self.episode_return[ended].tolist(), strict=True))
+        self.episode_return[begun] = 0.0
+        self.has_reward[begun] = False
+        return finished
+
+    def _settle(self, slots: Slots, now_s: float) -> None:
+        assert self.busy[slots].all(), "a step was settled twice"
+        self.busy[slots] = False
+        self.ticket[slots] = None
+        self.last_active_s[slots] = now_s
+        for slot in slots[self.closing[slots]].tolist():
+            self.closing[slot] = False
+            self.pool.release(slot)
+
+    def _refuse_unknown(self, session_id: int) -> Refusal:
+        ended = self._ended.get(session_id)
+        if ended is None:
+            return Refusal(
+                pb.SESSION_UNKNOWN,
+                f"session {session_id}: never opened here, or ended long ago",
+                {"server_epoch": str(self._server_epoch)},
+            )
+        how = "closed" if ended.reason == pb.SESSION_CLOSED else "idle for too long"
+        return Refusal(ended.reason, f"session {session_id}: was {how} after {ended.num_steps} steps")
+
+
+class ReplyStore:
+    """The reply to the last step of every session, so that a repeated step is answered bit for bit.
+
+    ``put`` and ``rows`` are array operations; every reply, new or repeated, is read from here.
+    """
+
+    def __init__(self, capacity: int, action_shape: tuple[int, ...], action_dtype: np.dtype[Any], num_logits: int):
+        rows = capacity + 1
+        self.session_id = np.zeros(rows, np.uint64)
+        self.step_index = np.zeros(rows, np.uint64)
+        self.version = np.zeros(rows, np.int64)
+        self.action = np.zeros((rows, *action_shape), action_dtype)
+        self.value = np.zeros(rows, np.float32)
+        self.log_prob = np.zeros(rows, np.float32)
+        self.logits = np.zeros((rows, num_logits), np.float32)
+        self.queue_us = np.zeros(rows, np.uint32)
+        self.compute_us = np.zeros(rows, np.uint32)
+        self.batch_size = np.zeros(rows, np.uint32)
+
+    def overtaken(self, session_ids: NDArray[np.uint64], step_indices: NDArray[np.uint64], slots: Slots) -> list[int]:
+        """Rows whose stored reply is no longer that of the step asked for: someone took a further step, or the
+        session ended and its slot serves another.
+        """
+        same = (self.session_id[slots] == session_ids) & (self.step_index[slots] == step_indices)
+        return np.flatnonzero(~same).tolist()

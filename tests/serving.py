@@ -1,0 +1,127 @@
+"""A real tenuto server in a process of its own, and small policies to serve."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import torch
+from gymnasium import spaces
+
+from tenuto_models import DNCConfig, FrameconvConfig, Policy, PolicyConfig, TrainingProgress, checkpoint
+from tenuto_proto.v1 import policy_pb2_grpc
+
+OBSERVATIONS = spaces.Tuple((spaces.Box(-1, 1, (3,)), spaces.Discrete(4)))
+ACTIONS = spaces.Discrete(5)
+
+
+def small_policy(
+    memory: str = "dnc",
+    observation_space: spaces.Space[Any] = OBSERVATIONS,
+    action_space: spaces.Space[Any] = ACTIONS,
+    seed: int = 0,
+) -> Policy:
+    """A policy that takes a fraction of a millisecond, with a lively memory and far from uniform actions."""
+    torch.manual_seed(seed)
+    core = DNCConfig(24, 4, 6, 2) if memory == "dnc" else FrameconvConfig(24)
+    policy = Policy(
+        observation_space,
+        action_space,
+        PolicyConfig(core, 16, actor_widths=(16,), critic_widths=(16,), embedding_period=64),
+    )
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return policy
+
+
+def publish(repository: Path, policy: Policy, name: str = "policy", version: int | None = None) -> Path:
+    return checkpoint.write(repository, name, policy, TrainingProgress(), version)
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+    """Return the condition's first true value; it is looked at again and again, since another process makes it true."""
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for: {what}"
+        pause.wait(0.02)
+    return value
+
+
+class ServerProcess:
+    """``tenuto-serve`` on free ports. Its log is kept in ``log``."""
+
+    def __init__(self, repository: Path, *flags: str, wait: bool = True) -> None:
+        command = [sys.executable, "-m", "tenuto_server.main", "--repository", str(repository)]
+        command += ["--port", "0", "--metrics-port", "0", "--poll-s", "0.5", "--drain-timeout-s", "5", *flags]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        line = wait_until(self._listening, "the server to listen")
+        self.port, self.metrics_port = int(line[1]), int(line[2])
+        self.address = f"127.0.0.1:{self.port}"
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = policy_pb2_grpc.PolicyServiceStub(self.channel)
+        if wait:
+            wait_until(lambda: self.http("/readyz")[0] == 200, "the server to be ready")
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line.rstrip())
+
+    def _listening(self) -> re.Match[str] | None:
+        assert self.process.poll() is None, "\n".join(self.log)
+        return re.search(r"listening on .*:(\d+), metrics on port (\d+)", "\n".join(self.log))
+
+    def http(self, path: str) -> tuple[int, str]:
+        """GET from the metrics port: (status, body)."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}{path}", timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metric(self, sample: str) -> float:
+        """The value of one sample, named as in the exposition: ``name{label="x"}``; 0 where it is not there."""
+        for line in self.http("/metrics")[1].splitlines():
+            if line.startswith(sample + " "):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        return self.process.wait(timeout_s)
+
+    def close(self) -> None:
+        self.channel.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+        if error is not None:
+            print("\n".join(self.log))
