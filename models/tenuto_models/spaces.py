@@ -60,7 +60,9 @@ def from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
         if kind == "MultiDiscrete":
             return spaces.MultiDiscrete(data["nvec"], dtype=np.dtype(data["dtype"]).type, start=data["start"])
         if kind == "MultiBinary":
-            return spaces.MultiBinary(data["shape"])
+            shape = data["shape"]
+            # A one-dimensional MultiBinary equals only one that was made from a number.
+            return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
         if kind == "Tuple":
             return spaces.Tuple([from_json(s) for s in data["spaces"]])
         if kind == "Dict":

@@ -55,7 +55,9 @@ def space_from_wire(space: pb.Space) -> Space[Any]:
         m = space.multi_discrete
         return spaces.MultiDiscrete(array_from_wire(m.nvec), dtype=DTYPES[m.dtype].type, start=array_from_wire(m.start))
     if kind == "multi_binary":
-        return spaces.MultiBinary(shape if len(shape := list(space.multi_binary.shape)) > 1 else shape[0])
+        shape = list(space.multi_binary.shape)
+        # A one-dimensional MultiBinary equals only one that was made from a number.
+        return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
     if kind == "tuple":
         return spaces.Tuple([space_from_wire(s) for s in space.tuple.spaces])
     if kind == "dict":

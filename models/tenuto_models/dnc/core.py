@@ -83,7 +83,7 @@ class DNCCore(nn.Module):
         """
         from_input = F.linear(z, self.gates.weight[:, : self.input_size], self.gates.bias)
         recurrent = self.gates.weight[:, self.input_size :].t()
-        states, features = [dict(state)], []
+        states, features = [{t.name: state[t.name] for t in self.state_spec}], list[Tensor]()
         for t in range(z.shape[1]):
             before = states[-1]
             carried = torch.cat([before["read_vectors"], before["h"].squeeze(1)], dim=1)

@@ -1,0 +1,174 @@
+"""A checkpoint appears whole or not at all, and nothing that was changed, cut or mixed up is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gymnasium import spaces
+from safetensors.torch import load_file, save_file
+
+from serving import small_policy
+from tenuto_models import CheckpointError, TrainingProgress, checkpoint
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> Path:
+    progress = TrainingProgress(1000, 3, 0.25, 0.5)
+    return checkpoint.write(tmp_path, "policy", small_policy(), progress)
+
+
+def test_what_is_read_is_what_was_written(version: Path) -> None:
+    loaded, policy = checkpoint.read(version), small_policy()
+    assert (loaded.policy_name, loaded.version) == ("policy", 1)
+    assert loaded.training == TrainingProgress(1000, 3, 0.25, 0.5)
+    assert loaded.policy.config == policy.config
+    assert loaded.policy.observation_space == policy.observation_space
+    observation = torch.randn(2, policy.observation_size)
+    ours, theirs = (p.step(observation, p.initial_state(2))[0] for p in (policy, loaded.policy))
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.value, theirs.value)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-1, 1, (2,)),
+        spaces.Box(-float("inf"), float("inf"), (2, 3)),
+        spaces.Box(0, 255, (2, 2), "uint8"),
+        spaces.Discrete(3, start=-1),
+        spaces.MultiDiscrete([[2, 3], [4, 5]]),
+        spaces.MultiBinary(4),
+        spaces.Dict({"b": spaces.Discrete(2), "a": spaces.Tuple([spaces.Box(0, 1), spaces.MultiBinary([2, 2])])}),
+    ],
+)
+def test_every_observation_space_survives(tmp_path: Path, space: spaces.Space[Any]) -> None:
+    folder = checkpoint.write(tmp_path, "p", small_policy(observation_space=space), TrainingProgress())
+    assert str(checkpoint.read(folder).policy.observation_space) == str(space)
+
+
+def test_versions_count_up_and_are_never_overwritten(tmp_path: Path, version: Path) -> None:
+    second = checkpoint.write(tmp_path, "policy", small_policy(seed=1), TrainingProgress())
+    assert checkpoint.versions(tmp_path / "policy") == [1, 2] and second.name == "2"
+    with pytest.raises(CheckpointError, match="never overwritten"):
+        checkpoint.write(tmp_path, "policy", small_policy(), TrainingProgress(), version=1)
+    assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == ["1", "2"]
+
+
+def test_unfinished_writes_are_no_versions(tmp_path: Path, version: Path) -> None:
+    (tmp_path / "policy" / ".2-abc").mkdir()
+    (tmp_path / "policy" / "notes").mkdir()
+    assert checkpoint.versions(tmp_path / "policy") == [1]
+    assert checkpoint.policies(tmp_path) == ["policy"] and checkpoint.policies(tmp_path / "nowhere") == []
+
+
+def test_a_weight_that_is_not_finite_is_not_published(tmp_path: Path) -> None:
+    policy = small_policy()
+    with torch.no_grad():
+        policy.get_parameter("actor.0.weight")[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"actor\.0\.weight: got NaN"):
+        checkpoint.write(tmp_path, "policy", policy, TrainingProgress())
+    assert not (tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b", "x" * 200])
+def test_a_policy_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="policy name: got"):
+        checkpoint.write(tmp_path, name, small_policy(), TrainingProgress())
+
+
+def test_the_best_return_is_that_of_the_readable_manifests(tmp_path: Path, version: Path) -> None:
+    for best in (0.75, None):
+        checkpoint.write(tmp_path, "policy", small_policy(), TrainingProgress(best_return=best))
+    assert checkpoint.best_return(tmp_path, "policy") == 0.75
+    (tmp_path / "policy" / "2" / "manifest.json").write_text("{")
+    assert checkpoint.best_return(tmp_path, "policy") == 0.5
+    assert checkpoint.best_return(tmp_path, "nobody") is None
+
+
+# ------------------------------------------------------------------------------------------ refused
+
+
+def edit_manifest(version: Path, **changes: Any) -> None:
+    """Change a manifest and make its own checksum right again, as a careful forger would."""
+    manifest = json.loads((version / "manifest.json").read_text()) | changes
+    rest = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
+    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    (version / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_weights(version: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(version / "weights.safetensors")
+    change(weights)
+    save_file(weights, version / "weights.safetensors")
+    edit_manifest(version, weights_sha256=hashlib.sha256((version / "weights.safetensors").read_bytes()).hexdigest())
+
+
+def truncate(version: Path) -> None:
+    path = version / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_one_bit(version: Path) -> None:
+    path = version / "weights.safetensors"
+    payload = bytearray(path.read_bytes())
+    payload[-5] ^= 1
+    path.write_bytes(payload)
+
+
+def pickled(version: Path) -> None:
+    payload = pickle.dumps({"actor.0.weight": 1})
+    (version / "weights.safetensors").write_bytes(payload)
+    edit_manifest(version, weights_sha256=hashlib.sha256(payload).hexdigest())
+
+
+def set_nan(weights: dict[str, torch.Tensor]) -> None:
+    weights["core.output.bias"][0] = torch.inf
+
+
+def config_with(version: Path, **changes: Any) -> dict[str, Any]:
+    return json.loads((version / "manifest.json").read_text())["config"] | changes
+
+
+SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no weights": (lambda v: (v / "weights.safetensors").unlink(), "cannot be read"),
+    "no manifest": (lambda v: (v / "manifest.json").unlink(), "cannot be read"),
+    "manifest cut": (lambda v: (v / "manifest.json").write_text('{"format'), "is not JSON"),
+    "manifest a list": (lambda v: (v / "manifest.json").write_text("[]"), "format_version: got 'list'"),
+    "weights truncated": (truncate, "sha256: got"),
+    "one bit flipped": (flip_one_bit, "sha256: got"),
+    "manifest edited": (
+        lambda v: (v / "manifest.json").write_text((v / "manifest.json").read_text().replace("1000", "2000")),
+        "manifest_sha256",
+    ),
+    "future format": (lambda v: edit_manifest(v, format_version=2), "format_version: got 2"),
+    "unknown key": (lambda v: edit_manifest(v, surprise=1), "manifest keys"),
+    "renamed folder": (lambda v: v.rename(v.parent / "7"), "version: got 1, expected '7'"),
+    "another policy": (lambda v: edit_manifest(v, policy_name="other"), "policy_name: got 'other'"),
+    "pickle": (pickled, "not a safetensors file"),
+    "missing tensor": (lambda v: edit_weights(v, lambda w: w.pop("core.gates.bias")), r"missing tensors.*gates\.bias"),
+    "extra tensor": (lambda v: edit_weights(v, lambda w: w.update(x=torch.ones(1))), r"unexpected tensors: \['x'\]"),
+    "wrong shape": (lambda v: edit_weights(v, lambda w: w.update({"actor.0.bias": torch.ones(3)})), "actor.0.bias"),
+    "wrong dtype": (lambda v: edit_weights(v, lambda w: w.update({"actor.0.bias": torch.ones(16).half()})), "float16"),
+    "not finite": (lambda v: edit_weights(v, set_nan), "core.output.bias: got NaN"),
+    "other config": (lambda v: edit_manifest(v, config=config_with(v, feature_size=17)), "actor|tensor|state_spec"),
+    "bad config": (lambda v: edit_manifest(v, config=config_with(v, feature_size=0)), "feature_size: got 0"),
+    "other state": (lambda v: edit_manifest(v, state_fingerprint="0" * 64), "state_spec: got"),
+    "other flattening": (lambda v: edit_manifest(v, flattening="mine"), "flattening: got 'mine'"),
+    "bad space": (lambda v: edit_manifest(v, action_space={"type": "Text"}), "space type: got 'Text'"),
+    "bad progress": (lambda v: edit_manifest(v, training={"steps": 1}), "steps"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_spoiled_checkpoint_is_refused(version: Path, case: str) -> None:
+    spoil, message = SPOILED[case]
+    spoil(version)
+    folder = version if version.exists() else version.parent / "7"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(folder)
