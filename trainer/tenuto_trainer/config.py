@@ -11,6 +11,7 @@ from tenuto_models import DNCConfig, FrameconvConfig, PolicyConfig
 from tenuto_trainer.errors import TrainConfigError
 
 MEMORIES = ("dnc", "frameconv")
+_POLICY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.policy:
             object.__setattr__(self, "policy", re.sub(r"[^A-Za-z0-9._-]+", "-", self.env_id))
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.policy):
+            raise TrainConfigError(
+                f"policy: got {self.policy!r}, expected letters, digits, '.', '_' or '-', at most 128"
+            )
         if self.memory not in MEMORIES:
             raise TrainConfigError(f"memory: got {self.memory!r}, expected one of {', '.join(MEMORIES)}")
         for field in fields(self):

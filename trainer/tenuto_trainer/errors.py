@@ -2,7 +2,7 @@
 
 TrainerError
 ├── TrainConfigError  a setting, environment or space that no training can start from
-└── DivergedError     training produced weights that are not finite
+└── DivergedError     training produced a loss or weights that are not finite
 """
 
 from __future__ import annotations
@@ -22,4 +22,4 @@ class TrainConfigError(TrainerError, ValueError):
 
 
 class DivergedError(TrainerError):
-    """Training produced weights that are not finite; what was published before stays good."""
+    """Training produced a loss or weights that are not finite; what was published before stays good."""

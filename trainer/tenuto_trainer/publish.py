@@ -60,7 +60,7 @@ class CheckpointPublisher(RLlibCallback):
         self.progress = self._published = replace(self._start, best_return=best)
 
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
-        """Publish if it is due or the return is better. Raises DivergedError if a weight is not finite."""
+        """Publish if it is due or the return is better. Raises DivergedError if a weight or the loss is not finite."""
         return_mean = float(result["env_runners"].get("episode_return_mean", math.nan))
         best = self.progress.best_return
         iteration = int(result["training_iteration"])
@@ -70,12 +70,7 @@ class CheckpointPublisher(RLlibCallback):
             return_mean=None if math.isnan(return_mean) else return_mean,
             best_return=best,
         )
-        for name, array in self._weights(algorithm).items():
-            if not np.isfinite(array).all():
-                raise DivergedError(
-                    f"training diverged in iteration {self.progress.iteration}: {name} holds NaN or infinity; "
-                    f"the last good version is {self.version}; try a smaller lr"
-                )
+        self._require_finite(algorithm, result)
         is_better = best is None or return_mean > best + self._publish_gain
         if iteration % self._publish_every == 0 or (self.progress.return_mean is not None and is_better):
             self.publish(algorithm)
@@ -92,6 +87,16 @@ class CheckpointPublisher(RLlibCallback):
         except OSError as error:
             raise CheckpointError(f"{self._repository}: cannot publish to this repository ({error})") from error
         self._published, self.version = self.progress, int(folder.name)
+
+    def _require_finite(self, algorithm: Algorithm, result: Mapping[str, Any]) -> None:
+        """RLlib turns NaN gradients to zero, so that a lost policy may show in its loss only."""
+        loss = result.get("learners", {}).get(DEFAULT_MODULE_ID, {}).get("total_loss", 0.0)
+        for name, figure in [*self._weights(algorithm).items(), ("the loss", loss)]:
+            if not np.isfinite(figure).all():
+                raise DivergedError(
+                    f"training diverged in iteration {self.progress.iteration}: {name} is NaN or infinite; "
+                    f"the last good version is {self.version}; try a smaller lr"
+                )
 
     def _weights(self, algorithm: Algorithm) -> dict[str, Any]:
         learners = algorithm.learner_group

@@ -5,8 +5,9 @@ import gymnasium
 import numpy as np
 import popgym.envs
 import pytest
-import tenuto_envs
 from gymnasium import spaces
+
+import tenuto_envs
 from tenuto_envs import ConformObservation, MissingPackageError, ObservationError, UnknownEnvError, make
 
 EASY = sorted(spec["id"] for spec in popgym.envs.ALL_EASY.values())

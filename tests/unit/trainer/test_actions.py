@@ -8,6 +8,7 @@ import tiny
 import torch
 from gymnasium import spaces
 from ray.rllib.utils.spaces.space_utils import unsquash_action
+
 from tenuto_models import ConfigError, PolicyConfig
 from tenuto_models.distributions import distribution_for
 from tenuto_trainer.envs import for_rllib, raw_action_space

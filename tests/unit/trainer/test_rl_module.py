@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 from ray.rllib.core.columns import Columns
+
 from tenuto_models import TrainingProgress, checkpoint
 from tenuto_trainer.rl_module import PolicyModule, model_config_for
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-import tenuto_envs
 from gymnasium import spaces
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+
+import tenuto_envs
 from tenuto_trainer import TrainConfig
 from tenuto_trainer.ppo import ppo_config
 from tenuto_trainer.resume import Start
@@ -86,3 +87,13 @@ def shifted() -> Recorder:
 
 def half_bounded() -> Recorder:
     return Recorder(spaces.Box(np.array([-2, 0]), np.array([4, np.inf]), (2,), np.float64))
+
+
+def dict_actions() -> Recorder:
+    return Recorder(spaces.Dict({"a": spaces.Discrete(2)}))
+
+
+def text_observations() -> Recorder:
+    env = Recorder(spaces.Discrete(2))
+    env.observation_space = spaces.Text(3)
+    return env

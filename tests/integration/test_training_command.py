@@ -1,0 +1,68 @@
+"""``tenuto-train`` as a process of its own, as people and containers run it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tenuto_models import TrainingProgress, checkpoint
+
+ENV = "popgym-RepeatPreviousEasy-v0"
+SMALL = [
+    *("--batch-size", "512", "--minibatch-size", "256", "--num-epochs", "1", "--num-envs", "8"),
+    *("--max-seq-len", "16", "--hidden-size", "16", "--num-cells", "4", "--cell-size", "4", "--seed", "0"),
+]
+
+
+def _command(repository: Path, *flags: str) -> list[str]:
+    own = ["--env", ENV, "--memory", "dnc", "--repository", str(repository / "r"), "--log-dir", str(repository / "log")]
+    return [str(Path(sys.executable).with_name("tenuto-train")), *own, *SMALL, *flags]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "RAY_AUTH_MODE": "disabled"}
+
+
+def test_two_iterations_publish_loadable_versions_and_exit_with_0(tmp_path: Path):
+    done = subprocess.run(
+        _command(tmp_path, "--iterations", "2", "--policy", "p"),
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = tmp_path / "r" / "p"
+    versions = checkpoint.versions(folder)
+    assert len(versions) >= 2
+    found = [checkpoint.read(folder / str(version)) for version in versions]
+    assert found[0].training == TrainingProgress()
+    assert (found[-1].training.iteration, found[-1].training.env_steps) == (2, 1024)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "p starts from scratch; newest version is 1"
+    assert lines[1].startswith("iteration    1 | 512 env steps | ")
+    assert lines[-1] == f"stopped: 2 iterations done; newest version is {versions[-1]}"
+    assert list((tmp_path / "log" / "p").glob("events.out.tfevents.*"))
+
+
+def test_sigterm_publishes_what_was_learned_and_exits_with_0(tmp_path: Path):
+    process = subprocess.Popen(
+        _command(tmp_path, "--publish-every", "1000", "--publish-gain", "1000"),
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("iteration    2"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    *_, last = checkpoint.versions(tmp_path / "r" / ENV)
+    assert output.splitlines()[-1] == f"stopped: received SIGTERM; newest version is {last}"
+    # Version 2 is the first return; the one at the signal is another.
+    assert last == 3
+    assert checkpoint.read(tmp_path / "r" / ENV / "3").training.iteration >= 2

@@ -1,0 +1,151 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+
+import tenuto_envs
+from tenuto_models import CheckpointError, PolicyConfig, TrainingProgress, checkpoint
+from tenuto_trainer import DivergedError, TrainConfig, TrainConfigError
+from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config
+from tenuto_trainer.publish import CheckpointPublisher
+from tenuto_trainer.resume import find_start
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-single-agent-env-v0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_running() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")  # Else Ray writes a token to the home folder.
+        with local_ray(tiny.config()):
+            yield
+
+
+@contextmanager
+def _algorithm(settings: TrainConfig) -> Iterator[tuple[Algorithm, CheckpointPublisher]]:
+    """What tenuto-train builds for a repository, be it new or not."""
+    env = tenuto_envs.make(settings.env_id)
+    where = settings.repository, settings.policy, env.observation_space, env.action_space
+    start = find_start(*where, settings.policy_config())
+    with build_algorithm(ppo_config(settings, env.observation_space, env.action_space, start)) as built:
+        yield built
+
+
+def _config(repository: Path, **overrides: Any) -> TrainConfig:
+    return tiny.config(repository=repository, policy="p", batch_size=512, **overrides)
+
+
+def _weights(algorithm: Algorithm) -> dict[str, torch.Tensor]:
+    assert algorithm.learner_group is not None
+    arrays = algorithm.learner_group.get_weights()[DEFAULT_MODULE_ID]
+    return {name.removeprefix("policy."): torch.tensor(array) for name, array in arrays.items()}
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_untrained_policy_is_published_at_once_and_trained_ones_when_due(tmp_path: Path):
+    with _algorithm(_config(tmp_path, publish_every=2, publish_gain=100.0)) as (algorithm, publisher):
+        first = checkpoint.read(tmp_path / "p" / "1")
+        assert _same(first.policy.state_dict(), _weights(algorithm))
+        assert first.training == TrainingProgress()
+
+        algorithm.train()  # The first return is better than none at all.
+        algorithm.train()  # Due.
+        algorithm.train()  # Neither.
+        assert checkpoint.versions(tmp_path / "p") == [1, 2, 3]
+        assert publisher.version == 3
+        assert not _same(checkpoint.read(tmp_path / "p" / "3").policy.state_dict(), _weights(algorithm))
+
+        publisher.publish(algorithm)
+        publisher.publish(algorithm)  # Nothing was trained in between.
+    assert checkpoint.versions(tmp_path / "p") == [1, 2, 3, 4]
+    last = checkpoint.read(tmp_path / "p" / "4")
+    assert _same(last.policy.state_dict(), _weights(algorithm))
+    assert last.training == publisher.progress
+    assert (last.training.env_steps, last.training.iteration) == (1536, 3)
+    assert last.training.best_return is not None
+    assert last.training.best_return >= (last.training.return_mean or 0)
+
+
+def test_better_return_is_published_before_it_is_due(tmp_path: Path):
+    with _algorithm(_config(tmp_path, publish_every=1000)) as (algorithm, publisher):
+        _report(publisher, algorithm, 1, 0.2)
+        assert publisher.version == 2
+        _report(publisher, algorithm, 2, 0.2)
+        _report(publisher, algorithm, 3, float("nan"))
+        assert publisher.version == 2
+        _report(publisher, algorithm, 4, 0.5)
+        assert publisher.version == 3
+    assert checkpoint.best_return(tmp_path, "p") == 0.5
+
+
+def test_restarted_run_goes_on_and_does_not_republish_a_worse_best(tmp_path: Path):
+    settings = _config(tmp_path, publish_every=1000)
+    with _algorithm(settings) as (algorithm, publisher):
+        _report(publisher, algorithm, 4, 0.5)
+        trained = _weights(algorithm)
+    with _algorithm(replace(settings, seed=1)) as (algorithm, publisher):
+        assert publisher.version == 2
+        assert _same(_weights(algorithm), trained)
+        publisher.publish(algorithm)
+        _report(publisher, algorithm, 1, 0.4)
+        assert publisher.version == 2
+        _report(publisher, algorithm, 2, 0.6)
+        assert publisher.version == 3
+    assert checkpoint.read(tmp_path / "p" / "3").training == TrainingProgress(600, 6, 0.6, 0.6)
+
+
+def _report(publisher: CheckpointPublisher, algorithm: Algorithm, iteration: int, return_mean: float) -> None:
+    """Hand over a result as RLlib does, with a chosen return; 100 environment steps an iteration."""
+    publisher.on_train_result(
+        algorithm=algorithm,
+        result={
+            "env_runners": {"episode_return_mean": return_mean},
+            "training_iteration": iteration,
+            "num_env_steps_sampled_lifetime": 100.0 * iteration,
+        },
+    )
+
+
+def test_diverged_training_ends_the_run_and_is_never_published(tmp_path: Path):
+    refused = pytest.raises(DivergedError, match="is NaN or infinite; the last good version is 1")
+    with _algorithm(_config(tmp_path, lr=1e30, num_epochs=4)) as (algorithm, _), refused:
+        algorithm.train()
+    assert checkpoint.versions(tmp_path / "p") == [1]
+
+
+def test_repository_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path):
+    (tmp_path / "file").touch()
+    refused = pytest.raises(CheckpointError, match="cannot publish to this repository")
+    with refused, _algorithm(_config(tmp_path / "file")):
+        pass
+
+
+def test_run_starts_from_the_newest_version_that_can_be_read(tmp_path: Path):
+    policy = tiny.Training(tiny.config()).module.policy
+    where = tmp_path, "p", policy.observation_space, policy.action_space, policy.config
+    assert find_start(*where).folder is None
+    good = checkpoint.write(tmp_path, "p", policy, TrainingProgress(iteration=7))
+    bad = checkpoint.write(tmp_path, "p", policy, TrainingProgress(iteration=8))
+    (bad / "weights.safetensors").write_bytes(b"")
+    start = find_start(*where)
+    assert (start.folder, start.progress) == (good, TrainingProgress(iteration=7))
+
+
+def test_versions_of_another_kind_of_policy_are_refused(tmp_path: Path):
+    policy = tiny.Training(tiny.config()).module.policy
+    checkpoint.write(tmp_path, "p", policy, TrainingProgress())
+    other = PolicyConfig.for_memory("frameconv")
+    with pytest.raises(TrainConfigError, match=r"another config: got .*Frameconv.* expected .*DNC"):
+        find_start(tmp_path, "p", policy.observation_space, policy.action_space, other)
+    with pytest.raises(TrainConfigError, match="another observation space"):
+        find_start(tmp_path, "p", policy.action_space, policy.action_space, policy.config)

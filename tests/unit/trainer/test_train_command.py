@@ -1,0 +1,81 @@
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import tenuto_trainer
+from tenuto_models import TrainingProgress, checkpoint
+from tenuto_trainer import TrainConfig, TrainConfigError
+from tenuto_trainer.train import main, parse
+
+NEEDED = ["--env", tiny.REPEAT, "--memory", "dnc", "--repository", "r"]
+
+
+def test_every_setting_has_a_flag_and_its_default():
+    assert parse(NEEDED) == TrainConfig(tiny.REPEAT, "dnc", Path("r"))
+    given: dict[str, Any] = {
+        "env_id": "e", "memory": "frameconv", "policy": "q", "repository": Path("s"), "log_dir": Path("l"),
+    }  # fmt: skip
+    for field in fields(TrainConfig):
+        given.setdefault(field.name, 64 if "int" in str(field.type) else 0.5)
+    flags = {name: f"--{name.replace('_', '-')}" for name in given} | {"env_id": "--env"}
+    assert parse([word for name, value in given.items() for word in (flags[name], str(value))]) == TrainConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("memory", "lstm"), ("policy", "../p"), ("lr", 0.0), ("lr", float("nan")), ("clip", -1.0), ("seed", -1),
+        ("entropy", -0.1), ("gamma", 1.5), ("iterations", 0), ("num_envs", 2.5), ("stack_size", 1),
+        ("publish_every", 0), ("stop_seconds", 0.0), ("minibatch_size", 8), ("minibatch_size", 8192), ("publish_gain", "much"),
+    ],
+)  # fmt: skip
+def test_bad_setting_is_refused_with_its_name_and_value(setting: str, value: Any):
+    with pytest.raises(TrainConfigError) as caught:
+        TrainConfig(**{"env_id": "e", "memory": "dnc", "repository": Path("r"), setting: value})
+    assert str(caught.value).startswith(f"{setting}: got {value!r}, expected")
+
+
+def test_policy_is_named_after_the_environment():
+    assert TrainConfig("my.module:make_env", "dnc", Path("r")).policy == "my.module-make_env"
+    assert TrainConfig(tiny.REPEAT, "dnc", Path("r"), policy="p").policy == "p"
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--env", "popgym-RepeatPreviusEasy-v0"], "did you mean 'popgym-RepeatPreviousEasy-v0'"),
+        (["--env", "tiny:dict_actions"], "action space: got Dict"),
+        (["--env", "tiny:text_observations"], "space: got Text"),
+    ],
+)
+def test_run_that_cannot_start_says_so_in_one_line(
+    flags: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*NEEDED, "--repository", str(tmp_path / "r"), "--log-dir", str(tmp_path), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert part in captured.err
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-single-agent-env-v0")
+def test_repository_of_another_policy_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    checkpoint.write(tmp_path, "p", tiny.Training(tiny.config()).module.policy, TrainingProgress())
+    assert main([*NEEDED, "--repository", str(tmp_path), "--policy", "p", "--log-dir", str(tmp_path / "log")]) == 2
+    assert "choose another policy name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--memory", "lstm"], ["--lr", "-1"], ["--lr", "fast"], ["--unknown", "1"]])
+def test_bad_command_line_exits_with_2(flags: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        parse([*NEEDED, *flags])
+    assert caught.value.code == 2
+    assert "tenuto-train: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_public_names_are_pinned():
+    assert tenuto_trainer.__all__ == ["DivergedError", "TrainConfig", "TrainConfigError", "TrainerError"]
