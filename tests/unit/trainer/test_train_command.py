@@ -29,7 +29,8 @@ def test_every_setting_has_a_flag_and_its_default():
     [
         ("memory", "lstm"), ("policy", "../p"), ("lr", 0.0), ("lr", float("nan")), ("clip", -1.0), ("seed", -1),
         ("entropy", -0.1), ("gamma", 1.5), ("iterations", 0), ("num_envs", 2.5), ("stack_size", 1),
-        ("publish_every", 0), ("stop_seconds", 0.0), ("minibatch_size", 8), ("minibatch_size", 8192), ("publish_gain", "much"),
+        ("publish_every", 0), ("stop_seconds", 0.0), ("minibatch_size", 8), ("minibatch_size", 8192),
+        ("publish_gain", "much"),
     ],
 )  # fmt: skip
 def test_bad_setting_is_refused_with_its_name_and_value(setting: str, value: Any):
