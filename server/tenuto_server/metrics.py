@@ -38,6 +38,9 @@ class Metrics:
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", buckets=_ROWS, registry=r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.refusals = Counter("tenuto_refusals", "Requests and rows refused.", ["reason"], registry=r)
+        self.cancelled = Counter(
+            "tenuto_requests_cancelled", "Requests given up by the caller, or past its deadline.", registry=r
+        )
         self.sessions = Gauge("tenuto_sessions", "Open sessions.", ["policy"], registry=r)
         self.capacity = Gauge("tenuto_session_capacity", "Sessions that may be open at once.", ["policy"], registry=r)
         self.sessions_opened = Counter("tenuto_sessions_opened", "Sessions opened.", ["policy"], registry=r)

@@ -74,6 +74,7 @@ class Stepper:
             try:
                 await asyncio.wait({ticket.settled for ticket in waited_for})
             except asyncio.CancelledError:
+                self._metrics.cancelled.inc()
                 for ticket in waited_for:
                     self.batcher.leave(ticket)
                 raise

@@ -8,7 +8,7 @@ import torch
 
 from tenuto_models import Policy, import_popgym
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parent / "data"
 CASES = [
     ("dnc_small", "small_zero"),
     ("dnc_small", "small_rand"),

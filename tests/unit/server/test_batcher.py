@@ -1,0 +1,227 @@
+"""The catalogue of a batcher: when batches close, in which order, and what every waiter is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.batcher import Batch, Batcher, BatchQueue, Ticket, TicketState
+from tenuto_server.errors import Refusal
+
+
+class Device:
+    """A device that runs one batch at a time and is finished by hand; the clock is a number."""
+
+    def __init__(self, max_batch: int = 4, max_wait_s: float = 0.0, max_rows: int = 100) -> None:
+        self.now_s = 0.0
+        self.started: list[Batch] = []
+        self.has_started = asyncio.Event()
+        self.committed: list[Batch] = []
+        self.abandoned: list[Ticket] = []
+        self._done: Callable[[Any, Any], None] | None = None
+        queue = BatchQueue(max_batch, max_wait_s, max_rows)
+        self.batcher: Batcher[str] = Batcher(
+            queue, lambda: self.now_s, self._start, lambda b, _: self.committed.append(b), self.abandoned.append
+        )
+
+    def _start(self, batch: Batch, done: Callable[[Any, Any], None]) -> None:
+        assert self._done is None, "two batches at once"
+        if batch.checkpoint == "does not start":
+            raise RuntimeError("out of memory")
+        self.started.append(batch)
+        self.has_started.set()
+        self._done = done
+
+    def finish(self, error: Exception | None = None) -> None:
+        done, self._done = self._done, None
+        assert done is not None
+        done(None if error else "result", error)
+
+    def submit(self, num_rows: int = 1, checkpoint: str = "v1", deadline_s: float = 1e9) -> Ticket:
+        settled = asyncio.get_running_loop().create_future()
+        ticket = Ticket(checkpoint, num_rows, None, self.now_s, deadline_s, settled)
+        self.batcher.submit(ticket)
+        return ticket
+
+
+def reason(ticket: Ticket) -> int | None:
+    error = ticket.settled.exception()
+    return error.reason if isinstance(error, Refusal) else None
+
+
+async def test_a_lone_step_runs_at_once_when_the_device_is_free() -> None:
+    device = Device()
+    ticket = device.submit()
+    assert [b.tickets for b in device.started] == [[ticket]]
+    device.finish()
+    assert reason(ticket) is None and ticket.settled.done() and device.batcher.idle
+
+
+async def test_what_gathers_while_the_device_is_busy_goes_together() -> None:
+    device = Device()
+    first, *others = [device.submit() for _ in range(4)]
+    assert device.started[0].tickets == [first] and len(device.started) == 1
+    device.finish()
+    assert device.started[1].tickets == others and device.started[1].num_rows == 3
+    device.finish()
+    assert all(t.settled.done() for t in others) and device.abandoned == []
+
+
+async def test_a_batch_never_exceeds_the_limit_and_keeps_the_order() -> None:
+    device = Device(max_batch=4)
+    device.submit()
+    tickets = [device.submit(n) for n in (2, 1, 3, 1, 4)]
+    taken: list[list[Ticket]] = []
+    while not device.batcher.idle:
+        device.finish()
+        taken += [device.started[-1].tickets] if len(device.started) > len(taken) + 1 else []
+    assert taken == [tickets[:2], tickets[2:4], tickets[4:]]
+
+
+async def test_a_timeout_flushes_a_partial_batch() -> None:
+    device = Device(max_batch=4, max_wait_s=0.5)
+    first, second = device.submit(), device.submit()
+    assert device.started == [] and device.batcher.queue.ready_at() == 0.5
+    device.now_s = 0.5
+    third = device.submit()
+    assert device.started[0].tickets == [first, second, third]
+
+
+async def test_the_timer_flushes_without_another_request() -> None:
+    device = Device(max_batch=4, max_wait_s=0.001)
+    ticket = device.submit()
+    device.now_s = 1.0
+    await asyncio.wait_for(device.has_started.wait(), 10)
+    device.finish()
+    assert ticket.state is TicketState.DONE
+
+
+async def test_a_full_batch_does_not_wait() -> None:
+    device = Device(max_batch=4, max_wait_s=100.0)
+    device.submit(3)
+    assert device.started == []
+    device.submit(1)
+    assert device.started[0].num_rows == 4
+
+
+async def test_one_checkpoint_per_batch_and_the_oldest_first() -> None:
+    device = Device()
+    device.submit(checkpoint="busy")
+    expected: dict[str, list[Ticket]] = {}
+    for now_s, checkpoint in enumerate(["v2", "v1", "v2", "v1", "v3"]):
+        device.now_s = float(now_s)
+        expected.setdefault(checkpoint, []).append(device.submit(checkpoint=checkpoint))
+    for _ in range(4):
+        device.finish()
+    assert [b.checkpoint for b in device.started] == ["busy", "v2", "v1", "v3"]
+    assert all(b.tickets == expected[str(b.checkpoint)] for b in device.started[1:])
+
+
+async def test_a_failing_forward_rejects_its_waiters_and_nobody_else() -> None:
+    device = Device()
+    broken, later = device.submit(), device.submit()
+    device.finish(RuntimeError("the device is on fire"))
+    assert reason(broken) == pb.COMPUTE_FAILED and device.abandoned == [broken]
+    device.finish()
+    assert later.settled.exception() is None and [b.tickets for b in device.committed] == [[later]]
+
+
+async def test_a_batch_that_cannot_even_start_rejects_its_waiters() -> None:
+    device = Device()
+    ticket = device.submit(checkpoint="does not start")
+    assert reason(ticket) == pb.COMPUTE_FAILED and device.abandoned == [ticket] and device.batcher.idle
+
+
+async def test_a_step_whose_deadline_passes_in_the_queue_is_refused_and_not_run() -> None:
+    device = Device()
+    device.submit()
+    late, patient = device.submit(deadline_s=1.0), device.submit(deadline_s=3.0)
+    device.now_s = 2.0
+    device.finish()
+    assert reason(late) == pb.QUEUE_TIMEOUT and device.abandoned == [late]
+    assert device.started[1].tickets == [patient]
+
+
+async def test_late_steps_are_refused_even_while_the_device_is_stuck() -> None:
+    device = Device()
+    device.submit()
+    late = device.submit(deadline_s=1.0)
+    device.now_s = 2.0
+    device.batcher.expire()
+    assert reason(late) == pb.QUEUE_TIMEOUT and device.batcher.queue.num_rows == 0
+
+
+async def test_a_queue_of_only_late_steps_leaves_the_device_free() -> None:
+    device = Device()
+    device.submit()
+    late = [device.submit(deadline_s=1.0) for _ in range(3)]
+    device.now_s = 2.0
+    device.finish()
+    assert [reason(t) for t in late] == [pb.QUEUE_TIMEOUT] * 3 and device.batcher.idle
+
+
+async def test_a_waiter_that_leaves_drops_its_queued_step() -> None:
+    device = Device()
+    running, queued = device.submit(), device.submit()
+    device.batcher.leave(queued)
+    assert queued.state is TicketState.DONE and device.abandoned == [queued]
+    device.batcher.leave(running)
+    assert running.state is TicketState.RUNNING, "what runs is not stopped"
+    device.finish()
+    assert device.committed[0].tickets == [running]
+
+
+async def test_a_queued_step_stays_while_anyone_waits_for_it() -> None:
+    device = Device()
+    device.submit()
+    queued = device.submit()
+    queued.num_waiters += 1
+    device.batcher.leave(queued)
+    assert queued.state is TicketState.QUEUED
+    device.finish()
+    assert device.started[1].tickets == [queued]
+
+
+async def test_too_many_waiting_rows_are_refused() -> None:
+    device = Device(max_rows=5)
+    device.submit()
+    device.submit(4)
+    device.batcher.queue.require_room(1)
+    with pytest.raises(Refusal) as caught:
+        device.batcher.queue.require_room(2)
+    assert caught.value.reason == pb.QUEUE_FULL
+
+
+async def test_shutdown_refuses_what_waits_and_lets_what_runs_finish() -> None:
+    device = Device()
+    running, waiting = device.submit(), device.submit()
+    device.batcher.close()
+    assert reason(waiting) == pb.DRAINING and reason(device.submit()) == pb.DRAINING
+    device.finish()
+    assert running.settled.exception() is None and len(device.started) == 1
+
+
+async def test_a_waiter_that_was_cancelled_does_not_disturb_the_batch() -> None:
+    device = Device()
+    first, second = device.submit(), device.submit()
+    first.settled.cancel()
+    device.finish()
+    device.finish()
+    assert second.settled.exception() is None
+
+
+async def test_many_consumers_are_all_settled_exactly_once() -> None:
+    device = Device(max_batch=8, max_rows=10_000)
+    tickets = [device.submit(1 + i % 8, checkpoint=f"v{i % 3}") for i in range(500)]
+    for ticket in tickets[1::7]:
+        device.batcher.leave(ticket)
+    while not device.batcher.idle:
+        device.finish()
+    ran = [t for b in device.committed for t in b.tickets]
+    assert len(ran) == len(set(ran)) and set(ran) | set(device.abandoned) == set(tickets)
+    assert not set(ran) & set(device.abandoned)
+    assert all(b.num_rows <= 8 and len({t.checkpoint for t in b.tickets}) == 1 for b in device.committed)
