@@ -6,7 +6,7 @@ Row i is environment i. N numbers the environments everywhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -120,14 +120,16 @@ class SessionRows:
             # Only the first connection waits for the server to come up.
             wait_s = options.wait_for_policy_s if self.served is None else 0.0
             deadline = options.timing.deadline(max(options.timeout_s, wait_s))
-            errors = yield from self._open(missing, deadline, wait=wait_s > 0)
+            errors = yield from self._open(missing, deadline, may_open_later, wait=wait_s > 0)
             if errors:
                 yield from self._abandon(missing, np.full(self.num_envs, np.nan, np.float32))
                 raise next(iter(errors.values()))
         assert self.served is not None
         return self.served
 
-    def _open(self, rows: Sequence[int], deadline: Deadline, *, wait: bool) -> Program[Errors]:
+    def _open(
+        self, rows: Sequence[int], deadline: Deadline, should_retry: Callable[[TenutoError], bool], *, wait: bool
+    ) -> Program[Errors]:
         """Open sessions for rows that have none. Raises only what finding the policy raises."""
         served = self.served = yield from refresh_policy(self.options, self.served, deadline, wait=wait)
         ids = {row: self.options.timing.rng.randrange(1, 2**64) for row in rows}
@@ -136,7 +138,7 @@ class SessionRows:
             request = open_request(self.options, served.policy_name, ids[row], row)
             return Call("OpenSession", request, timeout_s, ids[row])
 
-        outcomes = yield from attempt_all(make_call, rows, deadline, may_open_later)
+        outcomes = yield from attempt_all(make_call, rows, deadline, should_retry)
         errors: Errors = {}
         for row, outcome in outcomes.items():
             if isinstance(outcome, TenutoError):
@@ -172,7 +174,8 @@ class SessionRows:
             batch.rewards[begin] = np.nan
             batch.starts[begin] = True
             try:
-                errors.update((yield from self._open(begin, deadline, wait=False)))
+                # A draining server is not waited for: it still steps the other rows.
+                errors.update((yield from self._open(begin, deadline, is_transient, wait=False)))
             except TenutoError as error:
                 errors.update(dict.fromkeys(begin, error))
         return errors
