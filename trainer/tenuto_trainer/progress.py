@@ -32,21 +32,24 @@ class IterationReport:
     """Further curves for TensorBoard, by tag."""
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Say it in one line that fits 80 columns; steps are environment steps."""
         p = self.progress
         return (
-            f"iteration {p.iteration:4d} | {p.env_steps:,} env steps | {self.steps_per_second:,.0f} steps/s | "
-            f"{self.seconds:.0f} s | return {_number(p.return_mean)} | best {_number(p.best_return)} | "
-            f"version {self.version}"
+            f"iteration {p.iteration:4d} | v{self.version} | return {_number(p.return_mean)}, "
+            f"best {_number(p.best_return)} | {p.env_steps:,} steps at {self.steps_per_second:,.0f}/s | "
+            f"{self.seconds:.0f} s"
         )
 
 
 class Progress:
-    """Owns the terminal line and the event file; a context manager, to be closed by leaving it."""
+    """Owns the terminal line and the event file; a context manager, to be closed by leaving it.
+
+    The event file begins with the first iteration, so that a run that cannot start leaves none.
+    """
 
     def __init__(self, console: Console, log_dir: Path) -> None:
-        self._console = console
-        self._writer = SummaryWriter(str(log_dir))
+        self._console, self._log_dir = console, log_dir
+        self._writer: SummaryWriter | None = None
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Progress:
@@ -59,7 +62,8 @@ class Progress:
     ) -> None:
         if self._live:
             self._live.stop()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""
@@ -71,6 +75,8 @@ class Progress:
             self._live.update(Text(report.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             self.note(report.line())
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self._log_dir))
         p = report.progress
         curves = dict(report.scalars) | {"speed/env_steps_per_s": report.steps_per_second}
         curves |= {"return/mean": _or_nan(p.return_mean), "return/best": _or_nan(p.best_return)}

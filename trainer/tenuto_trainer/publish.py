@@ -47,6 +47,7 @@ class CheckpointPublisher(RLlibCallback):
         self.progress = self._start
         """Where training stands, as the next manifest would say it."""
         self._published = start
+        self._best_published = -math.inf
         self.version: int | None = None
         """Newest version of the policy; None before there is one."""
 
@@ -58,35 +59,37 @@ class CheckpointPublisher(RLlibCallback):
         self.version = max(checkpoint.versions(self._repository / self._policy_name), default=None)
         best = checkpoint.best_return(self._repository, self._policy_name)
         self.progress = self._published = replace(self._start, best_return=best)
+        self._best_published = -math.inf if best is None else best
 
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
         """Publish if it is due or the return is better. Raises DivergedError if a weight or the loss is not finite."""
-        return_mean = float(result["env_runners"].get("episode_return_mean", math.nan))
-        best = self.progress.best_return
-        iteration = int(result["training_iteration"])
+        before, iteration = self.progress, int(result["training_iteration"])
+        measured = float(result["env_runners"].get("episode_return_mean", math.nan))
+        # Where no episode ended in this iteration, the last known mean stands.
+        return_mean = before.return_mean if math.isnan(measured) else measured
+        known = [r for r in (before.best_return, return_mean) if r is not None]
         self.progress = TrainingProgress(
             env_steps=self._start.env_steps + int(result["num_env_steps_sampled_lifetime"]),
             iteration=self._start.iteration + iteration,
-            return_mean=None if math.isnan(return_mean) else return_mean,
-            best_return=best,
+            return_mean=return_mean,
+            best_return=max(known, default=None),
         )
         self._require_finite(algorithm, result)
-        is_better = best is None or return_mean > best + self._publish_gain
-        if iteration % self._publish_every == 0 or (self.progress.return_mean is not None and is_better):
+        if measured > self._best_published + self._publish_gain or iteration % self._publish_every == 0:
             self.publish(algorithm)
 
     def publish(self, algorithm: Algorithm) -> None:
         """Write a version now, unless nothing was trained since the last one."""
         if self._published == self.progress:
             return
-        known = [r for r in (self.progress.best_return, self.progress.return_mean) if r is not None]
-        self.progress = replace(self.progress, best_return=max(known, default=None))
         policy = policy_of(self._weights(algorithm), self._model_config)
         try:
             folder = checkpoint.write(self._repository, self._policy_name, policy, self.progress)
         except OSError as error:
             raise CheckpointError(f"{self._repository}: cannot publish to this repository ({error})") from error
         self._published, self.version = self.progress, int(folder.name)
+        if self.progress.return_mean is not None:
+            self._best_published = max(self._best_published, self.progress.return_mean)
 
     def _require_finite(self, algorithm: Algorithm, result: Mapping[str, Any]) -> None:
         """RLlib turns NaN gradients to zero, so that a lost policy may show in its loss only."""

@@ -81,8 +81,8 @@ def test_better_return_is_published_before_it_is_due(tmp_path: Path):
         _report(publisher, algorithm, 1, 0.2)
         assert publisher.version == 2
         _report(publisher, algorithm, 2, 0.2)
-        _report(publisher, algorithm, 3, float("nan"))
-        assert publisher.version == 2
+        _report(publisher, algorithm, 3, float("nan"))  # No episode ended.
+        assert (publisher.version, publisher.progress.return_mean) == (2, 0.2)
         _report(publisher, algorithm, 4, 0.5)
         assert publisher.version == 3
     assert checkpoint.best_return(tmp_path, "p") == 0.5
