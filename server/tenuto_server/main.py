@@ -174,9 +174,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.basicConfig(
             level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
         )
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
         asyncio.run(_serve(config))
     except ConfigurationError as error:
         sys.exit(f"tenuto-serve: {error}")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether gRPC says more than that a client was gone before its reply, which is no fault of the server's."""
+    return record.exc_info is None or type(record.exc_info[1]).__name__ != "ExecuteBatchError"
 
 
 async def _serve(config: ServerConfig) -> None:

@@ -4,71 +4,20 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import torch
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gymnasium import spaces
 
 from serving import OBSERVATIONS, ServerProcess, small_policy
-from tenuto_models import Policy
-from tenuto_models.sampling import uniforms
-from tenuto_proto import ObservationCodec, array_from_wire, space_from_wire, space_to_wire
+from tenuto_proto import array_from_wire, space_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
-
-CODEC = ObservationCodec(space_to_wire(OBSERVATIONS))
-
-
-def observations(n: int, seed: int = 0) -> list[Any]:
-    OBSERVATIONS.seed(seed)
-    return [OBSERVATIONS.sample() for _ in range(n)]
-
-
-def refused(call: Any, *arguments: Any, **options: Any) -> tuple[grpc.StatusCode, str, dict[str, str]]:
-    """Make a call that must fail; returns its status code, reason and metadata."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call(*arguments, **options)
-    error: Any = caught.value
-    for key, value in error.trailing_metadata():
-        if key == "grpc-status-details-bin":
-            info = error_details_pb2.ErrorInfo()
-            assert status_pb2.Status.FromString(value).details[0].Unpack(info)
-            assert info.domain == "tenuto.v1"
-            return error.code(), info.reason, dict(info.metadata)
-    return error.code(), "", {}
-
-
-class WireSession:
-    """A session spoken to with bare messages."""
-
-    def __init__(self, server: ServerProcess, policy: str = "dnc", **options: Any) -> None:
-        self.stub = server.stub
-        opened = self.stub.OpenSession(pb.OpenSessionRequest(policy_name=policy, **options))
-        self.id, self.index = opened.session_id, 0
-
-    def request(self, observation: Any, index: int | None = None, **fields: Any) -> pb.StepRequest:
-        return pb.StepRequest(
-            session_id=self.id,
-            step_index=self.index if index is None else index,
-            observation=CODEC.pack(observation),
-            outputs=pb.Outputs(value=True, log_prob=True, logits=True),
-            **fields,
-        )
-
-    def step(self, observation: Any, **fields: Any) -> pb.StepResponse:
-        response = self.stub.Step(self.request(observation, **fields))
-        self.index += 1
-        return response
-
-    def state(self) -> dict[str, np.ndarray]:
-        response = self.stub.InspectSession(pb.InspectSessionRequest(session_id=self.id))
-        return {t.name: array_from_wire(t.tensor) for t in response.state}
+from wire import CODEC, WireSession, batch, observations, refused, replay
 
 
 @pytest.fixture(params=["dnc", "frameconv"])
@@ -81,28 +30,14 @@ def session(server: ServerProcess) -> WireSession:
     return WireSession(server)
 
 
-def replay(policy: Policy, observed: list[Any], seed: int, starts: set[int]) -> Iterator[tuple[int, float]]:
-    """Actions and values of a lone session, computed with the policy alone, padded as the smallest batch is."""
-    state = policy.initial_state(4)
-    for index, observation in enumerate(observed):
-        if index in starts:
-            state = policy.initial_state(4)
-        flat = torch.zeros(4, policy.observation_size)
-        flat[0] = torch.from_numpy(np.asarray(spaces.flatten(OBSERVATIONS, observation), np.float32))
-        with torch.inference_mode():
-            output, state = policy.step(flat, state)
-            draw = uniforms(np.array([seed], np.uint64), np.array([index], np.uint64), 1)
-            action = policy.distribution.sample(output.logits[:1], torch.from_numpy(draw))
-        yield int(action[0, 0]), float(output.value[0])
-
-
 # ---------------------------------------------------------------------------------------------- steps
 
 
 def test_actions_and_values_are_those_of_the_policy_alone(server: ServerProcess, memory: str) -> None:
     session = WireSession(server, memory, seed=7)
     observed = observations(40, seed=1)
-    expected = replay(small_policy(memory), observed, 7, starts={0, 25})
+    policy = small_policy(memory)
+    expected = replay([(observation, index == 25, policy) for index, observation in enumerate(observed)], seed=7)
     for index, (observation, (action, value)) in enumerate(zip(observed, expected, strict=True)):
         response = session.step(observation, episode_start=index == 25)
         assert int(array_from_wire(response.action)) == action
@@ -168,17 +103,6 @@ def test_log_prob_is_that_of_the_action(session: WireSession) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- batches
-
-
-def batch(sessions: list[WireSession], observed: list[Any], **fields: Any) -> pb.StepBatchRequest:
-    stacked = tuple(np.stack(column) for column in zip(*observed, strict=True))
-    defaults: dict[str, Any] = {
-        "session_ids": [s.id for s in sessions],
-        "step_indices": [s.index for s in sessions],
-        "observations": CODEC.pack(stacked, len(observed)),
-        "outputs": pb.Outputs(value=True, log_prob=True, logits=True),
-    }
-    return pb.StepBatchRequest(**(defaults | fields))
 
 
 @pytest.mark.parametrize("rpc", ["StepBatch", "StepStream"])

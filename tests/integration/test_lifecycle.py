@@ -1,0 +1,350 @@
+"""What a server does over its life: start, reload, refuse, expire, overflow, drain, and clients that vanish."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from gymnasium import spaces
+
+from serving import ServerProcess, publish, small_policy, wait_until
+from tenuto_proto import array_from_wire
+from tenuto_proto.v1 import policy_pb2 as pb
+from wire import WireSession, batch, observations, refused, replay
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    publish(tmp_path, small_policy())
+    return tmp_path
+
+
+@pytest.fixture
+def own_server(repository: Path, request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
+    """A server of the test's own, with the flags of its ``flags`` marker parameter."""
+    with ServerProcess(repository, *getattr(request, "param", ())) as running:
+        yield running
+
+
+def with_flags(*flags: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("own_server", [flags], indirect=True, ids=[" ".join(flags)])
+
+
+def health(server: ServerProcess) -> int:
+    return health_pb2_grpc.HealthStub(server.channel).Check(health_pb2.HealthCheckRequest()).status
+
+
+def newest(server: ServerProcess) -> float:
+    return server.metric('tenuto_newest_version{policy="policy"}')
+
+
+def session(server: ServerProcess, **options: Any) -> WireSession:
+    return WireSession(server, "policy", **options)
+
+
+def steps_taken(server: ServerProcess, session_id: int) -> int:
+    return server.stub.InspectSession(pb.InspectSessionRequest(session_id=session_id)).session.next_step_index
+
+
+# ---------------------------------------------------------------------------------------------- reload
+
+
+def test_an_empty_repository_is_not_ready_until_a_version_appears(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "new", wait=False) as server:
+        assert server.http("/healthz")[0] == 200
+        assert server.http("/readyz") == (503, "no policy is served yet\n")
+        assert health(server) == NOT_SERVING
+        publish(tmp_path / "new", small_policy())
+        wait_until(lambda: server.http("/readyz")[0] == 200, "readiness")
+        wait_until(lambda: health(server) == SERVING, "health")
+        session(server).step(observations(1)[0])
+
+
+def test_a_new_version_is_loaded_while_episodes_keep_theirs(own_server: ServerProcess, repository: Path) -> None:
+    old, new = small_policy(), small_policy(seed=1)
+    running, pinned = session(own_server, seed=5), session(own_server, seed=5, version=1)
+    observed = observations(12)
+    responses = [running.step(o) for o in observed[:4]]
+    publish(repository, new)
+    wait_until(lambda: newest(own_server) == 2, "version 2")
+    responses += [running.step(o, episode_start=i == 4) for i, o in enumerate(observed[4:])]
+    expected = list(replay([(o, i == 8, old if i < 8 else new) for i, o in enumerate(observed)], seed=5))
+    assert [r.version for r in responses] == [1] * 8 + [2] * 4
+    assert [int(array_from_wire(r.action)) for r in responses] == [action for action, _ in expected]
+    np.testing.assert_allclose([r.value for r in responses], [value for _, value in expected], atol=1e-5)
+    for i, observation in enumerate(observed):
+        assert pinned.step(observation, episode_start=i % 3 == 0).version == 1
+    held = own_server.stub.GetPolicy(pb.GetPolicyRequest()).versions
+    assert list(held) == [1, 2]
+    own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=pinned.id))
+    wait_until(lambda: list(own_server.stub.GetPolicy(pb.GetPolicyRequest()).versions) == [2], "version 1 to leave")
+    assert refused(own_server.stub.GetPolicy, pb.GetPolicyRequest(version=1))[1] == "VERSION_UNKNOWN"
+
+
+def overwrite(path: Path, start: int, payload: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(payload)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "tampered", "incomplete", "other spaces", "other state"])
+def test_a_bad_version_is_refused_counted_named_and_the_old_one_goes_on(
+    own_server: ServerProcess, repository: Path, tmp_path_factory: pytest.TempPathFactory, kind: str
+) -> None:
+    policy = {
+        "other spaces": lambda: small_policy(action_space=spaces.Discrete(6)),
+        "other state": lambda: small_policy("frameconv"),
+    }.get(kind, small_policy)()
+    folder = publish(tmp_path_factory.mktemp("elsewhere"), policy, version=2)
+    weights = folder / "weights.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif kind == "tampered":
+        overwrite(weights, weights.stat().st_size - 8, b"\x01")
+    elif kind == "incomplete":
+        weights.unlink()
+    running = session(own_server)
+    running.step(observations(1)[0])
+    folder.rename(repository / "policy" / "2")
+    refusals = 'tenuto_checkpoints_total{outcome="refused",policy="policy"}'
+    wait_until(lambda: own_server.metric(refusals) == 1, "the refusal")
+    assert any("refused version 2 of policy policy" in line for line in own_server.log)
+    assert running.step(observations(1)[0]).version == 1 and session(own_server).step(observations(1)[0]).version == 1
+    publish(repository, small_policy(seed=3), version=3)
+    wait_until(lambda: newest(own_server) == 3, "the next good version")
+    assert running.step(observations(1)[0], episode_start=True).version == 3
+    assert own_server.metric(refusals) == 1, "a refused version is not tried again and again"
+
+
+def test_at_start_the_newest_sound_version_is_served(repository: Path) -> None:
+    publish(repository, small_policy(seed=1))
+    broken = publish(repository, small_policy(seed=2))
+    (broken / "manifest.json").write_text("{}")
+    with ServerProcess(repository) as server:
+        assert newest(server) == 2
+
+
+def test_a_version_that_was_incomplete_is_loaded_once_it_is_complete(
+    own_server: ServerProcess, repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """As when a folder is copied file by file instead of renamed into place."""
+    whole = publish(tmp_path_factory.mktemp("elsewhere"), small_policy(seed=1), version=2)
+    target = repository / "policy" / "2"
+    target.mkdir()
+    (target / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
+    wait_until(lambda: own_server.metric('tenuto_checkpoints_total{outcome="refused",policy="policy"}'), "a refusal")
+    (target / "weights.safetensors").write_bytes((whole / "weights.safetensors").read_bytes())
+    wait_until(lambda: newest(own_server) == 2, "version 2")
+
+
+def test_an_output_that_is_not_finite_fails_its_step_and_leaves_the_session(tmp_path: Path) -> None:
+    policy = small_policy()
+    with torch.no_grad():
+        policy.get_parameter("actor.2.weight").mul_(1e38)
+        policy.get_parameter("actor.2.bias").fill_(-3e38)
+    publish(tmp_path, policy)
+    with ServerProcess(tmp_path) as server:
+        running = session(server)
+        code, reason, _ = refused(server.stub.Step, running.request(observations(1)[0]))
+        assert (code, reason) == (grpc.StatusCode.INTERNAL, "COMPUTE_FAILED")
+        assert steps_taken(server, running.id) == 0 and not any(t.any() for t in running.state().values())
+        other = session(server)
+        response = server.stub.StepBatch(batch([running, other], observations(2)))
+        assert [(e.row, e.error.reason) for e in response.errors] == [(0, pb.COMPUTE_FAILED), (1, pb.COMPUTE_FAILED)]
+        publish(tmp_path, small_policy())
+        wait_until(lambda: newest(server) == 2, "the good version")
+        assert running.step(observations(1)[0]).version == 2
+
+
+# ---------------------------------------------------------------------------------------------- limits
+
+
+@with_flags("--capacity", "3")
+def test_capacity_is_refused_and_comes_back_when_sessions_close(own_server: ServerProcess) -> None:
+    opened = [session(own_server) for _ in range(3)]
+    code, reason, _ = refused(own_server.stub.OpenSession, pb.OpenSessionRequest())
+    assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_REACHED")
+    own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=opened[0].id))
+    session(own_server).step(observations(1)[0])
+    assert own_server.metric('tenuto_sessions{policy="policy"}') == 3
+
+
+@with_flags("--idle-timeout-s", "0.4")
+def test_an_idle_session_expires_with_its_own_reason(own_server: ServerProcess) -> None:
+    idle = session(own_server)
+    idle.step(observations(1)[0])
+    expired = 'tenuto_sessions_ended_total{policy="policy",reason="expired"}'
+    wait_until(lambda: own_server.metric(expired) == 1, "the expiry")
+    code, reason, _ = refused(own_server.stub.Step, idle.request(observations(1)[0]))
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "SESSION_EXPIRED")
+    for call, kind in (
+        (own_server.stub.CloseSession, pb.CloseSessionRequest),
+        (own_server.stub.InspectSession, pb.InspectSessionRequest),
+    ):
+        assert refused(call, kind(session_id=idle.id))[1] == "SESSION_EXPIRED"
+
+
+# A batch of two rows runs at once; a lone row waits for company for a minute: what is queued stays queued.
+WAITING = ("--max-batch", "2", "--max-wait-ms", "60000")
+
+
+@with_flags(*WAITING)
+def test_a_deadline_that_passes_in_the_queue_leaves_the_session_where_it_was(own_server: ServerProcess) -> None:
+    one, other = session(own_server), session(own_server)
+    first, second = observations(2)
+    code, _, _ = refused(own_server.stub.Step, one.request(first), timeout=0.3)
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+    lone = batch([one], [first], queue_timeout_ms=1)
+    (error,) = own_server.stub.StepBatch(lone).errors
+    assert (error.error.code, error.error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED.value[0], pb.QUEUE_TIMEOUT)
+    assert steps_taken(own_server, one.id) == 0
+    response = own_server.stub.StepBatch(batch([one, other], [first, second]))
+    assert not response.errors and list(response.versions) == [1, 1]
+
+
+@with_flags(*WAITING)
+def test_a_client_that_vanishes_in_mid_step_frees_its_session_and_disturbs_nobody(
+    own_server: ServerProcess,
+) -> None:
+    ours, gone = session(own_server), session(own_server)
+    request = gone.request(observations(1)[0]).SerializeToString().hex()
+    program = (
+        "import grpc; from tenuto_proto.v1 import policy_pb2 as pb, policy_pb2_grpc as rpc;"
+        f"stub = rpc.PolicyServiceStub(grpc.insecure_channel('{own_server.address}'));"
+        f"stub.Step(pb.StepRequest.FromString(bytes.fromhex('{request}')), wait_for_ready=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as client:
+        wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
+        client.send_signal(signal.SIGKILL)
+    wait_until(lambda: own_server.metric("tenuto_requests_cancelled_total") == 1, "the step to be dropped")
+    response = own_server.stub.StepBatch(batch([ours, gone], observations(2)))
+    assert not response.errors
+    assert steps_taken(own_server, ours.id) == steps_taken(own_server, gone.id) == 1
+
+
+@with_flags(*WAITING)
+def test_a_retry_joins_the_step_that_is_already_under_way(own_server: ServerProcess) -> None:
+    one, other = session(own_server), session(own_server)
+    request = one.request(observations(1)[0])
+    first = own_server.stub.Step.future(request)
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
+    again = own_server.stub.Step.future(request)
+    code, reason, _ = refused(own_server.stub.Step, one.request(observations(1)[0], index=1))
+    assert (code, reason) == (grpc.StatusCode.ABORTED, "STEP_IN_FLIGHT")
+    other.step(observations(1)[0])
+    assert first.result(10) == again.result(10) and steps_taken(own_server, one.id) == 1
+
+
+@with_flags("--max-batch", "4", "--max-wait-ms", "60000", "--max-queued", "4")
+def test_a_full_queue_refuses_and_loses_nothing_that_waits(own_server: ServerProcess) -> None:
+    waiting_sessions, others = [session(own_server) for _ in range(3)], [session(own_server) for _ in range(2)]
+    observation = observations(1)[0]
+    waiting = [own_server.stub.Step.future(s.request(observation)) for s in waiting_sessions]
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == 3, "the steps to wait")
+    code, reason, _ = refused(own_server.stub.StepBatch, batch(others, observations(2)))
+    assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    others[0].step(observation)
+    assert [call.result(10).version for call in waiting] == [1, 1, 1]
+    assert steps_taken(own_server, others[1].id) == 0
+
+
+@with_flags(*WAITING)
+def test_closing_a_session_with_a_waiting_step_answers_the_step_first(own_server: ServerProcess) -> None:
+    one, other = session(own_server), session(own_server)
+    waiting = own_server.stub.Step.future(one.request(observations(1)[0]))
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
+    own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=one.id))
+    assert refused(own_server.stub.Step, one.request(observations(1)[0]))[1] == "SESSION_CLOSED"
+    other.step(observations(1)[0])
+    assert waiting.result(10).version == 1
+
+
+# ---------------------------------------------------------------------------------------------- drain
+
+
+def test_drain_finishes_episodes_begins_none_and_exits_zero(own_server: ServerProcess) -> None:
+    running, idle = session(own_server), session(own_server)
+    running.step(observations(1)[0])
+    own_server.terminate()
+    wait_until(lambda: own_server.http("/readyz") == (503, "draining\n"), "the drain")
+    assert health(own_server) == NOT_SERVING
+    assert refused(own_server.stub.OpenSession, pb.OpenSessionRequest())[:2] == (
+        grpc.StatusCode.UNAVAILABLE,
+        "DRAINING",
+    )
+    running.step(observations(1)[0])
+    request = running.request(observations(1)[0], episode_start=True)
+    assert refused(own_server.stub.Step, request)[:2] == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    for one in (running, idle):
+        own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=one.id))
+    assert own_server.wait() == 0
+
+
+@with_flags("--drain-timeout-s", "0.2")
+def test_drain_ends_although_sessions_stay_open(own_server: ServerProcess) -> None:
+    session(own_server).step(observations(1)[0])
+    own_server.terminate()
+    assert own_server.wait() == 0
+    assert any("1 sessions were still open" in line for line in own_server.log)
+
+
+@with_flags("--drain-timeout-s", "600")
+def test_a_second_signal_ends_the_drain(own_server: ServerProcess) -> None:
+    session(own_server)
+    own_server.terminate()
+    wait_until(lambda: own_server.http("/readyz")[0] == 503, "the drain")
+    own_server.terminate()
+    assert own_server.wait() == 0
+
+
+@with_flags(*WAITING, "--drain-timeout-s", "0")
+def test_a_step_that_waits_at_shutdown_is_answered(own_server: ServerProcess) -> None:
+    waiting = own_server.stub.Step.future(session(own_server).request(observations(1)[0]))
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
+    own_server.terminate()
+    error = waiting.exception(10)
+    assert isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAVAILABLE
+    assert own_server.wait() == 0
+
+
+# ---------------------------------------------------------------------------------------------- start
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--capacity", "0"), "capacity: got 0"),
+        (("--device", "tpu"), "device: got 'tpu'"),
+        (("--port", "99999"), "port: got 99999"),
+        (("--max-batch", "64", "--max-queued", "2"), "max_queued: got 2"),
+        (("--host", "203.0.113.1"), "cannot be bound"),
+        (("--unknown", "1"), "unrecognized arguments"),
+    ],
+)
+def test_a_bad_setting_ends_the_process_with_one_clear_line(
+    tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    command = [sys.executable, "-m", "tenuto_server.main", "--repository", str(tmp_path), *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0 and message in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_port_that_is_taken_is_named(own_server: ServerProcess, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tenuto_server.main", "--repository", str(tmp_path)]
+    for flags in (
+        ("--port", str(own_server.port), "--metrics-port", "0"),
+        ("--port", "0", "--metrics-port", str(own_server.metrics_port)),
+    ):
+        ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+        assert ended.returncode != 0 and "cannot be bound" in ended.stderr and "Traceback" not in ended.stderr
