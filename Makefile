@@ -1,0 +1,59 @@
+# The whole menu. `make demo` and `make test` need only Python >= 3.10, make and a network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
+GRPCIO_TOOLS := grpcio-tools==1.73.1
+
+.PHONY: help install proto drift format lint types unit test demo serve bench clean
+
+help:  ## Show this menu.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(VENV)/installed  ## Install everything into .venv.
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-proto/$(GRPCIO_TOOLS):
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/pip install --quiet $(GRPCIO_TOOLS)
+	touch $@
+
+proto: .venv-proto/$(GRPCIO_TOOLS)  ## Generate the protobuf code.
+	.venv-proto/bin/python proto/tenuto_proto/generate.py
+
+drift: .venv-proto/$(GRPCIO_TOOLS)  ## Fail if the generated code is not that of policy.proto.
+	.venv-proto/bin/python proto/tenuto_proto/generate.py --check
+
+format: install  ## Format the code.
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lint: install  ## Check style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## Check types.
+	$(BIN)/pyright
+
+unit: install  ## Run the unit tests only.
+	$(BIN)/pytest tests/unit
+
+test: install lint types drift  ## Install, then lint, types, drift of generated code, and all tests.
+	$(BIN)/pytest
+
+demo: install  ## Train, publish, serve and play, live in the terminal; a few minutes.
+	$(BIN)/python examples/demo/demo.py
+
+serve: install  ## Serve ./repository.
+	$(BIN)/tenuto-serve --repository repository
+
+bench: install  ## Measure the server beside its floors, a few minutes; prints one table.
+	$(BIN)/python bench/serving.py
+
+clean:  ## Remove what make made.
+	rm -rf $(VENV) .venv-proto demo-repository dist build
