@@ -73,6 +73,7 @@ class Process:
         self.port, self.metrics_port = int(ports[1]), int(ports[2])
 
     def cpu_s(self) -> float:
+        """CPU seconds used so far, user and system."""
         fields = Path(f"/proc/{self.popen.pid}/stat").read_text().rsplit(") ", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -166,7 +167,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     policy = Policy(OBSERVATIONS, ACTIONS, PolicyConfig.for_memory(arguments.memory)).eval()
-    console = Console()
+    console = Console(width=120)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     table = Table(title=f"{arguments.memory}, {os.cpu_count()} CPUs ({platform.machine()}), commit {commit or '?'}")
     for column in (

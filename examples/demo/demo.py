@@ -206,11 +206,10 @@ def run(children: list[Child], console: Console) -> View:
     server = Child("server", ["tenuto-serve", "--repository", repository, "--port", "0", "--metrics-port", "0"])
     children.append(server)
     port, metrics_port = wait_for_ports(server)
-    address = f"127.0.0.1:{port}"
+    address, logs = f"127.0.0.1:{port}", str(FOLDER / "tensorboard")
     trainer = Child(
         "trainer",
-        ["tenuto-train", "--env", ENV, "--policy", POLICY, "--repository", repository, *TRAIN]
-        + ["--log-dir", str(FOLDER / "tensorboard")],
+        ["tenuto-train", "--env", ENV, "--policy", POLICY, "--repository", repository, "--log-dir", logs, *TRAIN],
     )
     players = [
         Child(f"player-{i}", ["tenuto-play", "--env", ENV, "--server", address, "--episodes", "0", *flags])
