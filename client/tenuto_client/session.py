@@ -10,7 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from tenuto_client.effects import Call, Calls, Program
+from tenuto_client.effects import Call, Program
 from tenuto_client.errors import (
     DrainingError,
     SessionGoneError,
@@ -195,10 +195,11 @@ class Session:
         if not session_id:
             return
         request = pb.CloseSessionRequest(session_id=session_id, reward=reward)
-        timeout_s = min(self.options.timeout_s, CLOSE_TIMEOUT_S)
-        [outcome] = yield Calls((Call("CloseSession", request, timeout_s, session_id),))
-        if isinstance(outcome, TenutoError):
-            _log.debug("closing session %d: %s", session_id, outcome)
+        deadline = self.options.timing.deadline(min(self.options.timeout_s, CLOSE_TIMEOUT_S))
+        try:
+            yield from attempt(lambda timeout_s: Call("CloseSession", request, timeout_s, session_id), deadline)
+        except TenutoError as error:
+            _log.debug("closing session %d: %s", session_id, error)
 
     def _result(self, reply: pb.StepResponse) -> StepResult:
         assert self.served is not None

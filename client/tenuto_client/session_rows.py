@@ -160,7 +160,7 @@ class SessionRows:
             request = pb.CloseSessionRequest(session_id=ids[row], reward=reward)
             return Call("CloseSession", request, timeout_s, ids[row])
 
-        outcomes = yield from attempt_all(make_call, list(ids), deadline, lambda _: False)
+        outcomes = yield from attempt_all(make_call, list(ids), deadline)
         for row, outcome in outcomes.items():
             if isinstance(outcome, TenutoError):
                 _log.debug("closing session %d: %s", ids[row], outcome)
