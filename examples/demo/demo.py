@@ -25,11 +25,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-ENV, POLICY = "popgym-PositionOnlyCartPoleEasy-v0", "cartpole"
-TRAIN = ["--memory", "dnc", "--stop-return", "0.9", "--stop-seconds", "150", "--publish-every", "3", "--seed", "1"]
+# The action asked for is what was seen four steps before: without memory nobody is better than random.
+ENV, POLICY = "popgym-RepeatPreviousEasy-v0", "repeat-previous"
+LOWEST, HIGHEST = -1.0, 1.0
+TRAIN = ["--memory", "dnc", "--max-seq-len", "16", "--batch-size", "2048", "--minibatch-size", "1024", "--lr", "2e-3"]
+TRAIN += ["--seed", "0", "--publish-every", "10", "--publish-gain", "0.1"]
+TRAIN += ["--stop-return", "0.85", "--stop-seconds", "170"]
 PLAYERS = [["--num-envs", "8", "--transport", "batch"], ["--num-envs", "8", "--transport", "stream"]]
-# Returns of this environment lie in 0..1, so a mean of 100 episodes is known to ±0.05 at worst: 0.25 is no accident.
-EPISODES, CLEARLY_BETTER = 100, 0.25
+# Returns lie between -1 and 1, so with these numbers of episodes the standard error of the difference is 0.27 at the
+# very worst, and 0.75 is no accident. The first version is short-lived: it gets one episode of each environment.
+FIRST_EPISODES, LAST_EPISODES, CLEARLY_BETTER = 16, 100, 0.75
 LIMIT_S = 285
 FOLDER = Path("runs/demo")
 WINDOW_S = 5.0
@@ -49,8 +54,10 @@ class Child:
 
     def __post_init__(self) -> None:
         program = Path(sys.executable).parent / self.arguments[0]
+        # The environments play as fast as they can; on two cores they must not starve the trainer.
+        polite = ["nice", "-n", "10"] if self.name.startswith("player") else []
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([program, *self.arguments[1:]], stdout=log, stderr=log)
+            self.process = subprocess.Popen([*polite, program, *self.arguments[1:]], stdout=log, stderr=log)
 
     @property
     def log(self) -> Path:
@@ -181,7 +188,7 @@ def picture(view: View, trainer: Child, elapsed_s: float) -> Panel:
     for heading, justify in (("version", "right"), ("episodes", "right"), ("mean return", "right"), ("", "left")):
         returns.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for version, (episodes, mean) in sorted(view.returns.items())[-14:]:
-        bar = ProgressBar(total=1.0, completed=mean, width=40)
+        bar = ProgressBar(total=HIGHEST - LOWEST, completed=mean - LOWEST, width=40)
         returns.add_row(str(version), str(episodes), f"{mean:.3f}", bar)
     footer = Text(f"trainer: {trainer.last_line()}", style="dim", overflow="ellipsis", no_wrap=True)
     title = f"tenuto: {ENV}, {elapsed_s:.0f} s"
@@ -234,7 +241,7 @@ def run(children: list[Child], console: Console) -> View:
                 trainer.require_alive()
             last = int(view.now("tenuto_newest_version"))
             trained = trainer.process.poll() == 0 and published(Path(repository)) == last
-            if trained and view.returns.get(last, (0, 0.0))[0] >= EPISODES:
+            if trained and view.returns.get(last, (0, 0.0))[0] >= LAST_EPISODES:
                 return view
             if elapsed > LIMIT_S:
                 return view
@@ -253,7 +260,7 @@ def judge(view: View, console: Console) -> bool:
         return False
     first, last = min(view.returns), max(view.returns)
     (first_n, first_mean), (last_n, last_mean) = view.returns[first], view.returns[last]
-    better = first_n >= EPISODES and last_n >= EPISODES and last_mean - first_mean >= CLEARLY_BETTER
+    better = first_n >= FIRST_EPISODES and last_n >= LAST_EPISODES and last_mean - first_mean >= CLEARLY_BETTER
     console.print(
         f"\nmean return of the first version ({first}): [bold]{first_mean:.3f}[/bold] over {first_n} episodes\n"
         f"mean return of the last version ({last}): [bold]{last_mean:.3f}[/bold] over {last_n} episodes\n"
@@ -264,8 +271,9 @@ def judge(view: View, console: Console) -> bool:
     )
     if not better:
         console.print(
-            f"[red]The last version is not clearly better: expected at least {EPISODES} episodes of each "
-            f"and a difference of at least {CLEARLY_BETTER}.[/red] The logs are in {FOLDER}/."
+            f"[red]The last version is not clearly better: expected at least {FIRST_EPISODES} and {LAST_EPISODES} episodes "
+            f"and a difference of at least {CLEARLY_BETTER}.[/red] The logs are in {FOLDER}/.",
+            soft_wrap=True,
         )
         return False
     repository = FOLDER / "repository"
