@@ -112,10 +112,16 @@ class ResultBuilder:
         self._wants_logits = "logits" in outputs
         self._logits: NDArray[np.float32] | None = None
         self._versions = np.zeros(num_envs, np.uint64)
+        self._step_indices = np.zeros(num_envs, np.uint64)
         self._queue_us = self._compute_us = self._batch_size = 0
 
-    def add(self, rows: Rows, good: NDArray[np.bool_], reply: pb.StepBatchResponse) -> None:
-        """Take the ``good`` rows of the answer to ``rows``. Modifies nothing where it raises UnexpectedReplyError."""
+    def add(
+        self, rows: Rows, good: NDArray[np.bool_], reply: pb.StepBatchResponse, step_indices: NDArray[np.uint64]
+    ) -> None:
+        """Take the ``good`` rows of the answer to ``rows``, whose indices are among ``step_indices`` (``[N]``).
+
+        Modifies nothing where it raises UnexpectedReplyError.
+        """
         n = len(rows)
         actions = self._served.array(reply.actions, (n, *self._action_shape))
         floats = {
@@ -136,12 +142,13 @@ class ResultBuilder:
             if self._logits is None:
                 self._logits = np.full((self._num_envs, logits.shape[1]), np.nan, np.float32)
             self._logits[kept] = logits[good]
+        self._step_indices[kept] = step_indices[kept]
         self._versions[kept] = np.asarray(reply.versions, np.uint64)[good]
         self._queue_us = max(self._queue_us, reply.timings.queue_us)
         self._compute_us = max(self._compute_us, reply.timings.compute_us)
         self._batch_size = max(self._batch_size, reply.timings.batch_size)
 
-    def build(self, step_indices: NDArray[np.uint64], errors: Mapping[int, TenutoError]) -> VectorStepResult:
+    def build(self, errors: Mapping[int, TenutoError]) -> VectorStepResult:
         """Return the whole step."""
         return VectorStepResult(
             actions=self._actions,
@@ -149,7 +156,7 @@ class ResultBuilder:
             log_probs=self._floats["log_prob"],
             logits=self._logits,
             versions=self._versions,
-            step_indices=step_indices,
+            step_indices=self._step_indices,
             errors=dict(sorted(errors.items())),
             timings=Timings(self._queue_us, self._compute_us, self._batch_size),
         )

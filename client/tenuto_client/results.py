@@ -63,7 +63,7 @@ class VectorStepResult:
     versions: NDArray[np.uint64]
     """``[N]``; 0 where there is no action."""
     step_indices: NDArray[np.uint64]
-    """``[N]``"""
+    """``[N]``; 0 where there is no action."""
     errors: Mapping[int, TenutoError]
     """Row -> why it has no action, ascending; empty unless ``raise_errors=False`` was asked for."""
     timings: Timings

@@ -88,13 +88,13 @@ class SessionRows:
             assert self.served is not None
             batch = ObservationBatch.pack(self.served, observations, starts | self._begins_next, earned)
             deadline = self.options.timing.deadline(self.options.timeout_s)
-            errors, batch = yield from self._settle(batch, starts, rows, deadline)
-            errors.update((yield from self._renew(batch, [r for r in rows.tolist() if r not in errors], deadline)))
+            errors, batch = yield from self._settle(batch, rows, deadline)
+            missing = [row for row in rows[self.session_ids[rows] == 0].tolist() if row not in errors]
+            errors.update((yield from self._renew(batch, missing, deadline)))
             builder = ResultBuilder(self.served, self.num_envs, self.options.outputs)
-            step_indices = self.step_indices.copy()
             ready = rows if not errors else rows[~np.isin(rows, list(errors))]
             errors.update((yield from self._deliver(batch, ready, deadline, builder)))
-            result = builder.build(step_indices, errors)
+            result = builder.build(errors)
             if errors and raise_errors:
                 raise summary(result, len(rows))
             return result
@@ -166,10 +166,9 @@ class SessionRows:
                 _log.debug("closing session %d: %s", ids[row], outcome)
 
     def _renew(self, batch: ObservationBatch, rows: Sequence[int], deadline: Deadline) -> Program[Errors]:
-        """Open sessions for rows without one whose episode begins; the episodes of the others are lost."""
-        missing = [row for row in rows if not self.session_ids[row]]
-        errors: Errors = {row: self._gone[row] for row in missing if row in self._gone and not batch.starts[row]}
-        begin = [row for row in missing if row not in errors]
+        """Open sessions for rows that have none and begin an episode; the running episodes of the others are lost."""
+        errors: Errors = {row: self._gone[row] for row in rows if row in self._gone and not batch.starts[row]}
+        begin = [row for row in rows if row not in errors]
         if begin:
             batch.rewards[begin] = np.nan
             batch.starts[begin] = True
@@ -183,7 +182,7 @@ class SessionRows:
     # ----------------------------------------------------------------------------------------------------- stepping
 
     def _settle(
-        self, batch: ObservationBatch, starts: NDArray[np.bool_], rows: Rows, deadline: Deadline
+        self, batch: ObservationBatch, rows: Rows, deadline: Deadline
     ) -> Program[tuple[Errors, ObservationBatch]]:
         """Complete pending steps of other observations; take pending rows of the same one over as they were sent."""
         pending = self._pending
@@ -278,7 +277,7 @@ class SessionRows:
                 failed[int(rows[row_error.row])] = error_from_message(row_error.error, self._server_epoch)
             # Where no row was applied there may be no columns.
             if builder is not None and good.any():
-                builder.add(rows, good, reply)
+                builder.add(rows, good, reply, self.step_indices)
         except UnexpectedReplyError as error:
             return dict.fromkeys(cast("list[int]", rows.tolist()), error)
         applied = rows[good]

@@ -131,14 +131,16 @@ class Outside:
 
 
 def batch_reply(request: pb.StepBatchRequest, errors: dict[int, TenutoError] | None = None) -> pb.StepBatchResponse:
-    """Each row's action is the mode in its observation, its value ten times its step index."""
+    """Each row's action is the mode in its observation, its value ten times its step index; of failed rows too, which
+    the client must not mind.
+    """
     n = len(request.session_ids)
     [modes] = [np.frombuffer(o.tensor.data, np.int64) for o in request.observations if o.name == "mode"]
     actions = modes.copy()
     reply = pb.StepBatchResponse(request_id=request.request_id, versions=[3] * n)
     for row, error in (errors or {}).items():
         assert error.code is not None
-        actions[row], reply.versions[row] = 0, 0
+        reply.versions[row] = 0
         reason = pb.ErrorReason.Value(error.reason)
         wire = pb.Error(code=error.code.value[0], reason=reason, message=str(error), metadata=error.metadata)
         reply.errors.append(pb.RowError(row=row, error=wire))

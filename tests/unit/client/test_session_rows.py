@@ -136,6 +136,14 @@ def test_overload_until_the_deadline_leaves_rows_where_they_were(outside: Outsid
     assert sent(outside) == [([1, 2, 2], [])]
 
 
+def test_a_refused_first_step_begins_no_episode_so_the_next_one_does(outside: Outside) -> None:
+    rows = started(outside)
+    outside.script = [rows_fail({1: NOT_FINITE})]
+    step(outside, rows, 0, 0, 0, episode_starts=[True, True, False], raise_errors=False)
+    step(outside, rows, 0, 0, 0)
+    assert sent(outside)[-1] == ([2, 1, 2], [False, True, False])
+
+
 def test_masked_rows_rest(outside: Outside) -> None:
     rows = started(outside)
     result = step(outside, rows, 1, 2, 0, mask=[True, False, True])
@@ -158,7 +166,7 @@ def test_after_a_timeout_each_row_repeats_or_first_completes_its_pending_step(ou
     assert (list(settled.step_indices), list(settled.rewards)) == ([1], [6.0])
     assert list(wanted.step_indices) == [2, 1]
     np.testing.assert_equal(list(wanted.rewards), [np.nan, 7.0])
-    assert result.actions.tolist() == [0, 2, 2] and result.step_indices.tolist() == [1, 2, 1]
+    assert result.actions.tolist() == [0, 2, 2] and result.step_indices.tolist() == [0, 2, 1]
     outside.calls.clear()
     # Row 0 has not forgotten its pending step meanwhile.
     step(outside, rows, 1, 0, 0)
@@ -218,6 +226,7 @@ def test_rows_that_begin_an_episode_in_a_lost_session_begin_it_in_a_new_one(outs
     outside.script = [restarted]
     result = step(outside, rows, 1, 2, 1, episode_starts=[False, True, False], raise_errors=False)
     assert result.versions.tolist() == [0, 3, 0] and result.actions[1] == 2
+    assert rows.step_indices[1] == 1 and result.step_indices[1] == 0
     assert {row: type(error) for row, error in result.errors.items()} == {0: SessionLostError, 2: SessionLostError}
     assert (rows.session_ids == 0).tolist() == [True, False, True] and rows.session_ids[1] != before[1]
     # The lost rows say so until an episode begins.
