@@ -271,8 +271,9 @@ def judge(view: View, console: Console) -> bool:
     )
     if not better:
         console.print(
-            f"[red]The last version is not clearly better: expected at least {FIRST_EPISODES} and {LAST_EPISODES} episodes "
-            f"and a difference of at least {CLEARLY_BETTER}.[/red] The logs are in {FOLDER}/.",
+            "[red]The last version is not clearly better: expected at least "
+            f"{FIRST_EPISODES} and {LAST_EPISODES} episodes and a difference of at least {CLEARLY_BETTER}.[/red] "
+            f"The logs are in {FOLDER}/.",
             soft_wrap=True,
         )
         return False

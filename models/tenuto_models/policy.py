@@ -1,4 +1,4 @@
-"""The policy: feature map, positional embedding, memory core, actor and critic heads, arranged as in POPGym's baselines.
+"""The policy: feature map, positional embedding, memory core, actor and critic heads, as in POPGym's baselines.
 
 Legend: B rows, T time steps, O flattened observation, F features, D core output, K logits.
 """

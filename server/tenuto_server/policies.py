@@ -16,6 +16,7 @@ from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import StateArena
 from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.errors import Refusal
+from tenuto_server.packed_linear import pack_linear_layers
 from tenuto_server.sessions import ReplyStore, SessionTable
 
 
@@ -58,6 +59,8 @@ class ServedPolicy:
             if got != expected:
                 raise MismatchError(f"{what}: got {got}, expected {expected}, as in the versions being served")
         module = policy.to(engine.device).eval().requires_grad_(False)
+        if engine.device.type == "cpu":
+            pack_linear_layers(module)
         return ServedVersion(self.name, checkpoint.version, module, checkpoint.training, self.arena, self.sessions.pool)
 
     def find_version(self, version: int) -> ServedVersion:

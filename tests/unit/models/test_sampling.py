@@ -5,8 +5,8 @@ import numpy as np
 from tenuto_models.sampling import philox4x32, uniforms
 
 
-def words(*values: int) -> tuple[np.ndarray, ...]:
-    return tuple(np.array([v], np.uint64) for v in values)
+def words(*values: int) -> np.ndarray:
+    return np.array(values, np.uint64)[:, None]
 
 
 def test_philox_gives_the_known_answers() -> None:
