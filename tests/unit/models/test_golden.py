@@ -4,6 +4,7 @@ from itertools import permutations
 
 import pytest
 import torch
+
 from golden import CASES, GoldenCase
 
 TOLERANCE = 2e-6

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from golden import GoldenCase
 
+from golden import GoldenCase
 from tenuto_models import ConfigError, import_popgym
 
 
