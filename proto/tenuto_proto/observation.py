@@ -6,7 +6,7 @@ a batch of one row everywhere but in :meth:`ObservationCodec.pack`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -51,16 +51,20 @@ class Leaf:
         one_hot[np.arange(len(rows))[:, None], columns] = 1
         return one_hot
 
-    def rows_outside(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
-        """Which rows are not in the space: ``[N, *shape]`` -> ``[N]``."""
-        outside = (rows < self.low) | (rows > self.high)
-        return np.asarray(outside.reshape(len(rows), -1).any(axis=1))
-
-    def rows_not_finite(self, rows: NDArray[Any]) -> NDArray[np.bool_]:
-        """Which rows hold NaN or infinity: ``[N]``."""
-        if self.dtype.kind != "f":
-            return np.zeros(len(rows), np.bool_)
-        return ~np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
+    def refused_rows(self, rows: NDArray[Any]) -> dict[int, WireError]:
+        """Which rows ``[N, *shape]`` hold NaN or infinity, or are not in the space: row -> error."""
+        inside = (rows >= self.low) & (rows <= self.high)
+        finite = np.isfinite(rows) if self.dtype.kind == "f" else inside
+        if inside.all() and finite.all():
+            return {}
+        refused: dict[int, WireError] = {}
+        for row in np.flatnonzero(~(inside & finite).reshape(len(rows), -1).all(axis=1)).tolist():
+            reason, expected = pb.OBSERVATION_OUT_OF_SPACE, _range(self)
+            if self.dtype.kind == "f" and not finite[row].all():
+                reason, expected = pb.OBSERVATION_NOT_FINITE, "finite numbers"
+            got = np.array2string(rows[row], threshold=8)
+            refused[row] = WireError(reason, f"observation {self.name!r}: got {got}, expected {expected}")
+        return refused
 
 
 class ObservationCodec:
@@ -146,16 +150,7 @@ class ObservationCodec:
         """Return the rows whose values are not in the space: row -> error (OBSERVATION_NOT_FINITE, _OUT_OF_SPACE)."""
         refused: dict[int, WireError] = {}
         for leaf in self.leaves:
-            values = rows[leaf.name]
-            checks: tuple[tuple[Callable[[NDArray[Any]], NDArray[np.bool_]], int, str], ...] = (
-                (leaf.rows_not_finite, pb.OBSERVATION_NOT_FINITE, "finite numbers"),
-                (leaf.rows_outside, pb.OBSERVATION_OUT_OF_SPACE, _range(leaf)),
-            )
-            for check, reason, expected in checks:
-                for row in np.flatnonzero(check(values)).tolist():
-                    got = np.array2string(values[row], threshold=8)
-                    error = WireError(reason, f"observation {leaf.name!r}: got {got}, expected {expected}")
-                    refused.setdefault(row, error)
+            refused = leaf.refused_rows(rows[leaf.name]) | refused
         return refused
 
     def flatten(self, rows: Rows, refused: Iterable[int] = ()) -> NDArray[np.float32]:

@@ -40,13 +40,22 @@ class Ticket:
     enqueued_s: float
     deadline_s: float
     """When the rows may no longer be waiting."""
-    settled: asyncio.Future[None]
-    """Resolves when the rows were applied; raises Refusal when they were not."""
-    num_waiters: int = 1
-    """Requests that wait for it: the one that submitted it, and those that joined. At 0 a queued ticket is dropped."""
+    waiters: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]])
+    """One future per request that waits: the one that submitted the ticket and those that joined it."""
+    refusal: Refusal | None = None
+    """Why a settled ticket was not applied."""
     refused: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
     """Rows of a settled ticket that were not applied although the others were."""
     state: TicketState = TicketState.QUEUED
+
+    def join(self) -> asyncio.Future[None]:
+        """Return a future that resolves when the ticket is settled, well or ill."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.state is TicketState.DONE:
+            waiter.set_result(None)
+        else:
+            self.waiters.append(waiter)
+        return waiter
 
 
 @dataclass
@@ -180,12 +189,14 @@ class Batcher(Generic[R]):
         self.queue.put(ticket)
         self._dispatch()
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, ticket: Ticket, waiter: asyncio.Future[None]) -> None:
         """One waiter gave up. When it was the last and the ticket still waits, the ticket is dropped; a running one
         is not stopped: its step is applied and its reply stored.
         """
-        ticket.num_waiters -= 1
-        if ticket.num_waiters == 0 and ticket.state is TicketState.QUEUED:
+        if ticket.state is TicketState.DONE:
+            return
+        ticket.waiters.remove(waiter)
+        if not ticket.waiters and ticket.state is TicketState.QUEUED:
             self.queue.remove(ticket)
             self._fail(ticket, Refusal(pb.QUEUE_TIMEOUT, "the caller gave up while the step was waiting"))
 
@@ -247,11 +258,7 @@ class Batcher(Generic[R]):
         self._settle(ticket, refusal)
 
     def _settle(self, ticket: Ticket, refusal: Refusal | None) -> None:
-        ticket.state = TicketState.DONE
-        if ticket.settled.cancelled():
-            return
-        if refusal is None:
-            ticket.settled.set_result(None)
-        else:
-            ticket.settled.set_exception(refusal)
-            ticket.settled.exception()  # Mark as seen: the last waiter may have left already.
+        ticket.state, ticket.refusal = TicketState.DONE, refusal
+        for waiter in ticket.waiters:
+            if not waiter.done():  # A cancelled one belongs to a request that is about to leave.
+                waiter.set_result(None)

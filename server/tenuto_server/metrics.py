@@ -18,6 +18,8 @@ from prometheus_client.exposition import make_wsgi_app
 _SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7.5e-3, 1e-2, 1.5e-2, 2.5e-2, 5e-2, 0.1,
             0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # fmt: skip
 _ROWS = tuple(float(2**i) for i in range(13))
+STATIONS = ("check", "admit", "submit", "gather", "run", "scatter", "reply")
+"""Stations 2 to 8 of docs/request.md."""
 MAX_VERSION_LABELS = 32
 """Versions per policy whose returns are kept as label values; older ones leave /metrics."""
 
@@ -35,6 +37,8 @@ class Metrics:
         self.station_seconds = Histogram(
             "tenuto_station_seconds", "Time at each station of a step.", ["station"], buckets=_SECONDS, registry=r
         )
+        # Looked up once: a label costs more than an observation.
+        self.station = {name: self.station_seconds.labels(name) for name in STATIONS}
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", buckets=_ROWS, registry=r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.refusals = Counter("tenuto_refusals", "Requests and rows refused.", ["reason"], registry=r)

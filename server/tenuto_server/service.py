@@ -173,7 +173,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             policy.codec.flatten(rows),
             {},
         )
-        self._metrics.station_seconds.labels("check").observe(self._clock() - began_s)
+        self._metrics.station["check"].observe(self._clock() - began_s)
         slots, failed = await self._stepper.advance(policy, columns, self._queue_timeout_s(context.time_remaining()))
         if failed:
             raise failed[0]
@@ -266,7 +266,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             policy.codec.flatten(rows, refused),
             refused,
         )
-        self._metrics.station_seconds.labels("check").observe(self._clock() - began_s)
+        self._metrics.station["check"].observe(self._clock() - began_s)
         timeout_s = self._queue_timeout_s(remaining_s)
         if request.queue_timeout_ms:
             timeout_s = min(timeout_s, request.queue_timeout_ms / 1000)
@@ -336,11 +336,12 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     def _observe_reply(self, rpc: str, began_s: float, replied_s: float) -> None:
         now_s = self._clock()
-        self._metrics.station_seconds.labels("reply").observe(now_s - replied_s)
+        self._metrics.station["reply"].observe(now_s - replied_s)
         self._metrics.step_seconds.labels(rpc).observe(now_s - began_s)
 
 
 def _timings(policy: ServedPolicy, slots: Slots) -> pb.Timings:
+    """Timings of a reply: those of its slowest row."""
     replies = policy.replies
     return pb.Timings(
         queue_us=int(replies.queue_us[slots].max()),

@@ -65,29 +65,23 @@ class Stepper:
             policy.newest.version,
             self.draining,
         )
-        self._metrics.station_seconds.labels("admit").observe(self._clock() - began_s)
+        self._metrics.station["admit"].observe(self._clock() - began_s)
         submitted = self._submit(policy, columns, admission, began_s, timeout_s)
-        for ticket in admission.joined.values():
-            ticket.num_waiters += 1
-        waited_for = [ticket for ticket, _ in submitted] + list(admission.joined.values())
-        if waited_for:
-            try:
-                await asyncio.wait({ticket.settled for ticket in waited_for})
-            except asyncio.CancelledError:
-                self._metrics.cancelled.inc()
-                for ticket in waited_for:
-                    self.batcher.leave(ticket)
-                raise
+        waits = [(ticket, ticket.join()) for ticket in (*(t for t, _ in submitted), *admission.joined.values())]
+        try:
+            for _, settled in waits:
+                await settled
+        except asyncio.CancelledError:
+            self._metrics.cancelled.inc()
+            for ticket, waiter in waits:
+                self.batcher.leave(ticket, waiter)
+            raise
         failed = dict(admission.refused)
         for ticket, rows in submitted:
-            error = ticket.settled.exception()
-            if error is not None:
-                failed.update(dict.fromkeys(rows.tolist(), cast("Refusal", error)))
+            if ticket.refusal is not None:
+                failed.update(dict.fromkeys(rows.tolist(), ticket.refusal))
             failed.update({int(rows[i]): refusal for i, refusal in ticket.refused.items()})
-        for row, ticket in admission.joined.items():
-            error = ticket.settled.exception()
-            if error is not None:
-                failed[row] = cast("Refusal", error)
+        failed.update({row: t.refusal for row, t in admission.joined.items() if t.refusal is not None})
         for row in policy.replies.overtaken(columns.session_ids, columns.step_indices, admission.slots):
             message = (
                 f"session {columns.session_ids[row]}: the reply was overtaken by a later step or the session's end"
@@ -116,8 +110,7 @@ class Stepper:
                 rewards=columns.rewards[rows],
                 session_ids=columns.session_ids[rows],
             )
-            settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            ticket = Ticket(policy.versions[version], len(rows), step_rows, now_s, now_s + timeout_s, settled)
+            ticket = Ticket(policy.versions[version], len(rows), step_rows, now_s, now_s + timeout_s)
             # An object column takes the ticket itself at every slot.
             sessions.ticket[slots] = ticket
             tickets.append((ticket, rows))
@@ -131,7 +124,7 @@ class Stepper:
         parts = [cast("StepRows", ticket.rows) for ticket in batch.tickets]
         self._engine.submit(lambda: self._engine.run(checkpoint, StepRows.concatenate(parts)), done)
         for ticket in batch.tickets:
-            self._metrics.station_seconds.labels("submit").observe(batch.taken_s - ticket.enqueued_s)
+            self._metrics.station["submit"].observe(batch.taken_s - ticket.enqueued_s)
         self._metrics.batch_rows.observe(batch.num_rows)
         self._metrics.queued_rows.set(self.batcher.queue.num_rows)
 
@@ -160,7 +153,7 @@ class Stepper:
         self._metrics.steps.labels(policy.name).inc(len(slots))
         self._metrics.episodes.labels(policy.name).inc(int(rows.episode_starts[good].sum()))
         for station, seconds in results.station_s.items():
-            self._metrics.station_seconds.labels(station).observe(seconds)
+            self._metrics.station[station].observe(seconds)
 
     def _refuse_rows(
         self, policy: ServedPolicy, batch: Batch, slots: Slots, bad: NDArray[np.int64], now_s: float

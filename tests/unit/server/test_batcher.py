@@ -22,6 +22,7 @@ class Device:
         self.has_started = asyncio.Event()
         self.committed: list[Batch] = []
         self.abandoned: list[Ticket] = []
+        self.waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._done: Callable[[Any, Any], None] | None = None
         queue = BatchQueue(max_batch, max_wait_s, max_rows)
         self.batcher: Batcher[str] = Batcher(
@@ -42,15 +43,22 @@ class Device:
         done(None if error else "result", error)
 
     def submit(self, num_rows: int = 1, checkpoint: str = "v1", deadline_s: float = 1e9) -> Ticket:
-        settled = asyncio.get_running_loop().create_future()
-        ticket = Ticket(checkpoint, num_rows, None, self.now_s, deadline_s, settled)
+        ticket = Ticket(checkpoint, num_rows, None, self.now_s, deadline_s)
         self.batcher.submit(ticket)
+        self.waiters[ticket] = ticket.join()
         return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        self.batcher.leave(ticket, self.waiters[ticket])
+
+    def answered(self, ticket: Ticket) -> bool:
+        """Whether the ticket's waiter has been told, and its rows were applied."""
+        return self.waiters[ticket].done() and ticket.refusal is None
 
 
 def reason(ticket: Ticket) -> int | None:
-    error = ticket.settled.exception()
-    return error.reason if isinstance(error, Refusal) else None
+    assert ticket.state is TicketState.DONE
+    return ticket.refusal.reason if ticket.refusal else None
 
 
 async def test_a_lone_step_runs_at_once_when_the_device_is_free() -> None:
@@ -58,7 +66,7 @@ async def test_a_lone_step_runs_at_once_when_the_device_is_free() -> None:
     ticket = device.submit()
     assert [b.tickets for b in device.started] == [[ticket]]
     device.finish()
-    assert reason(ticket) is None and ticket.settled.done() and device.batcher.idle
+    assert device.answered(ticket) and device.batcher.idle
 
 
 async def test_what_gathers_while_the_device_is_busy_goes_together() -> None:
@@ -68,7 +76,7 @@ async def test_what_gathers_while_the_device_is_busy_goes_together() -> None:
     device.finish()
     assert device.started[1].tickets == others and device.started[1].num_rows == 3
     device.finish()
-    assert all(t.settled.done() for t in others) and device.abandoned == []
+    assert all(device.answered(t) for t in others) and device.abandoned == []
 
 
 async def test_a_batch_never_exceeds_the_limit_and_keeps_the_order() -> None:
@@ -127,7 +135,7 @@ async def test_a_failing_forward_rejects_its_waiters_and_nobody_else() -> None:
     device.finish(RuntimeError("the device is on fire"))
     assert reason(broken) == pb.COMPUTE_FAILED and device.abandoned == [broken]
     device.finish()
-    assert later.settled.exception() is None and [b.tickets for b in device.committed] == [[later]]
+    assert device.answered(later) and [b.tickets for b in device.committed] == [[later]]
 
 
 async def test_a_batch_that_cannot_even_start_rejects_its_waiters() -> None:
@@ -167,9 +175,9 @@ async def test_a_queue_of_only_late_steps_leaves_the_device_free() -> None:
 async def test_a_waiter_that_leaves_drops_its_queued_step() -> None:
     device = Device()
     running, queued = device.submit(), device.submit()
-    device.batcher.leave(queued)
+    device.leave(queued)
     assert queued.state is TicketState.DONE and device.abandoned == [queued]
-    device.batcher.leave(running)
+    device.leave(running)
     assert running.state is TicketState.RUNNING, "what runs is not stopped"
     device.finish()
     assert device.committed[0].tickets == [running]
@@ -179,11 +187,13 @@ async def test_a_queued_step_stays_while_anyone_waits_for_it() -> None:
     device = Device()
     device.submit()
     queued = device.submit()
-    queued.num_waiters += 1
-    device.batcher.leave(queued)
+    other = queued.join()
+    device.leave(queued)
     assert queued.state is TicketState.QUEUED
     device.finish()
     assert device.started[1].tickets == [queued]
+    device.finish()
+    assert other.done()
 
 
 async def test_too_many_waiting_rows_are_refused() -> None:
@@ -202,23 +212,24 @@ async def test_shutdown_refuses_what_waits_and_lets_what_runs_finish() -> None:
     device.batcher.close()
     assert reason(waiting) == pb.DRAINING and reason(device.submit()) == pb.DRAINING
     device.finish()
-    assert running.settled.exception() is None and len(device.started) == 1
+    assert device.answered(running) and len(device.started) == 1
 
 
 async def test_a_waiter_that_was_cancelled_does_not_disturb_the_batch() -> None:
     device = Device()
     first, second = device.submit(), device.submit()
-    first.settled.cancel()
+    device.waiters[first].cancel()
     device.finish()
+    device.leave(first)
     device.finish()
-    assert second.settled.exception() is None
+    assert device.answered(second)
 
 
 async def test_many_consumers_are_all_settled_exactly_once() -> None:
     device = Device(max_batch=8, max_rows=10_000)
     tickets = [device.submit(1 + i % 8, checkpoint=f"v{i % 3}") for i in range(500)]
     for ticket in tickets[1::7]:
-        device.batcher.leave(ticket)
+        device.leave(ticket)
     while not device.batcher.idle:
         device.finish()
     ran = [t for b in device.committed for t in b.tickets]
