@@ -1,0 +1,146 @@
+"""One batch on the device: what a row gets does not depend on its company, and the laws are asserted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from serving import OBSERVATIONS, small_policy
+from tenuto_models import Checkpoint, TrainingProgress
+from tenuto_server.engine import Engine, ServedVersion, StepRows, choose_device
+from tenuto_server.errors import ConfigurationError
+from tenuto_server.packed_linear import pack_linear_layers
+from tenuto_server.policies import MismatchError, ServedPolicy
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
+CAPACITY = 64
+
+
+class Bench:
+    """An engine with one policy, run without its thread."""
+
+    def __init__(self, device: str, memory: str) -> None:
+        self.policy = small_policy(memory)
+        self.engine = Engine(torch.device(device), (4, 8, 16, 32, 64))
+        checkpoint = Checkpoint("policy", 1, small_policy(memory), TrainingProgress(), 0.0)
+        self.served = ServedPolicy(checkpoint, self.engine, CAPACITY, server_epoch=1)
+        self.version: ServedVersion = self.served.prepare(checkpoint, self.engine)
+
+    def rows(self, slots: list[int], observations: np.ndarray, index: int, **columns: Any) -> StepRows:
+        n, pool = len(slots), self.version.pool
+        defaults: dict[str, Any] = {
+            "slots": np.array(slots),
+            "generations": pool.generation[slots],
+            "observations": observations[slots],
+            "episode_starts": np.full(n, index == 0),
+            "seeds": np.array(slots, np.uint64),
+            "step_indices": np.full(n, index, np.uint64),
+            "deterministic": np.zeros(n, np.bool_),
+            "rewards": np.zeros(n, np.float32),
+            "session_ids": np.array(slots, np.uint64),
+        }
+        return StepRows(**(defaults | columns))
+
+
+@pytest.fixture(params=["dnc", "frameconv"])
+def memory(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def flat_observations(n: int) -> np.ndarray:
+    OBSERVATIONS.seed(0)
+    return np.stack([spaces.flatten(OBSERVATIONS, OBSERVATIONS.sample()) for _ in range(n)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_gets_the_same_whoever_shares_its_batch(device: str, memory: str) -> None:
+    together, apart = Bench(device, memory), Bench(device, memory)
+    exact = device == "cpu"
+    for index in range(6):
+        observations = flat_observations(40)
+        whole = together.engine.run(together.version, together.rows(list(range(40)), observations, index))
+        order = np.random.default_rng(index).permutation(40).tolist()
+        for part in (order[:1], order[1:4], order[4:20], order[20:]):
+            alone = apart.engine.run(apart.version, apart.rows(part, observations, index))
+            if exact:
+                np.testing.assert_array_equal(alone.logits, whole.logits[part])
+                np.testing.assert_array_equal(alone.actions, whole.actions[part])
+            else:
+                np.testing.assert_allclose(alone.logits, whole.logits[part], atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_engine_computes_the_policy(device: str, memory: str) -> None:
+    bench, state = Bench(device, memory), small_policy(memory).initial_state(10)
+    for index in range(8):
+        observations = flat_observations(10)
+        results = bench.engine.run(bench.version, bench.rows(list(range(10)), observations, index))
+        with torch.inference_mode():
+            output, state = bench.policy.step(torch.from_numpy(observations), state)
+        np.testing.assert_allclose(results.logits, output.logits.numpy(), atol=1e-4)
+        np.testing.assert_allclose(results.values, output.value.numpy(), atol=1e-4)
+        assert results.finite.all() and set(results.station_s) == {"gather", "run", "scatter"}
+    for name, tensor in bench.version.arena.read(7).items():
+        np.testing.assert_allclose(tensor, state[name][7].numpy(), atol=1e-4)
+
+
+def test_a_slot_that_changed_hands_stops_the_batch() -> None:
+    bench = Bench("cpu", "dnc")
+    slot = bench.version.pool.lease()
+    assert slot is not None
+    rows = bench.rows([slot], flat_observations(1).repeat(CAPACITY, 0), 0)
+    bench.version.pool.release(slot)
+    with pytest.raises(AssertionError, match="changed hands"):
+        bench.engine.run(bench.version, rows)
+    assert not any(tensor.any() for tensor in bench.version.arena.read(slot).values())
+
+
+def test_rows_without_finite_results_are_marked_and_not_stored(memory: str) -> None:
+    bench = Bench("cpu", memory)
+    observations = flat_observations(3)
+    observations[1] = np.inf
+    results = bench.engine.run(bench.version, bench.rows([0, 1, 2], observations, 0))
+    assert results.finite.tolist() == [True, False, True]
+    assert not any(tensor.any() for tensor in bench.version.arena.read(1).values())
+    assert any(tensor.any() for tensor in bench.version.arena.read(2).values())
+
+
+def test_every_row_count_has_a_bucket_that_holds_it() -> None:
+    engine = Engine(torch.device("cpu"), (4, 8, 16))
+    assert [engine.bucket_for(n) for n in (1, 4, 5, 8, 9, 16)] == [4, 4, 8, 8, 16, 16]
+
+
+def test_packed_layers_compute_the_layers_they_were_made_from() -> None:
+    plain = nn.Sequential(nn.Linear(37, 50), nn.LeakyReLU(), nn.Sequential(nn.Linear(50, 3)))
+    packed = nn.Sequential(nn.Linear(37, 50), nn.LeakyReLU(), nn.Sequential(nn.Linear(50, 3)))
+    packed.load_state_dict(plain.state_dict())
+    pack_linear_layers(packed)
+    x = torch.randn(100, 37)
+    with torch.inference_mode():
+        whole = packed(x)
+        torch.testing.assert_close(whole, plain(x), rtol=0, atol=1e-5)
+        for n in (1, 2, 3, 5, 64):
+            assert torch.equal(packed(x[:n]), whole[:n])
+
+
+def test_a_policy_of_another_shape_does_not_join_the_versions() -> None:
+    bench = Bench("cpu", "dnc")
+    for other in (
+        small_policy("frameconv"),
+        small_policy("dnc", action_space=spaces.Discrete(2)),
+        small_policy("dnc", observation_space=spaces.Box(-1, 1, (7,))),
+    ):
+        with pytest.raises(MismatchError, match=r"got .* expected"):
+            bench.served.prepare(Checkpoint("policy", 2, other, TrainingProgress(), 0.0), bench.engine)
+
+
+@pytest.mark.parametrize("name", ["tpu", "mps", "cuda:99", ""])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="device: got"):
+        choose_device(name)
