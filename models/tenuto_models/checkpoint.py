@@ -127,22 +127,22 @@ def read(folder: Path) -> Checkpoint:
             f"{folder}: {WEIGHTS} sha256: got {digest}, expected {manifest['weights_sha256']} (truncated or changed)"
         )
     try:
-        policy = Policy(
-            spaces.from_json(manifest["observation_space"]),
-            spaces.from_json(manifest["action_space"]),
-            PolicyConfig.from_json(manifest["config"]),
-        )
+        weights = load_safetensors(payload)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: {WEIGHTS} is not a safetensors file ({error})") from error
+    try:
         training = TrainingProgress(**manifest["training"])
-    except (ConfigError, TypeError) as error:
+        # First without memory: a manifest may claim any size, its weights show whether it is true.
+        with torch.device("meta"):
+            outline = _build(manifest)
+        _require_fit(folder, outline.state_dict(), weights)
+        policy = _build(manifest)
+    except (ConfigError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     spec = _spec_to_json(policy.state_spec)
     if manifest["state_spec"] != spec or manifest["state_fingerprint"] != policy.state_fingerprint:
         raise CheckpointError(f"{folder}: state_spec: got {manifest['state_spec']}, expected {spec} for this config")
-    try:
-        weights = load_safetensors(payload)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: {WEIGHTS} is not a safetensors file ({error})") from error
-    _load_strictly(folder, policy, weights)
+    policy.load_state_dict(weights)
     return Checkpoint(manifest["policy_name"], manifest["version"], policy, training, manifest["created_unix_s"])
 
 
@@ -197,8 +197,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _load_strictly(folder: Path, policy: Policy, weights: dict[str, torch.Tensor]) -> None:
-    own = policy.state_dict()
+def _build(manifest: dict[str, Any]) -> Policy:
+    return Policy(
+        spaces.from_json(manifest["observation_space"]),
+        spaces.from_json(manifest["action_space"]),
+        PolicyConfig.from_json(manifest["config"]),
+    )
+
+
+def _require_fit(folder: Path, own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+    """Raise CheckpointError unless the weights have exactly the policy's names, shapes and dtypes, and are finite."""
     if missing := sorted(own.keys() - weights.keys()):
         raise CheckpointError(f"{folder}: missing tensors: {missing}")
     if extra := sorted(weights.keys() - own.keys()):
@@ -208,7 +216,6 @@ def _load_strictly(folder: Path, policy: Policy, weights: dict[str, torch.Tensor
         if got != expected:
             raise CheckpointError(f"{folder}: tensor {name}: got {got}, expected {expected}")
     _require_finite(weights)
-    policy.load_state_dict(weights)
 
 
 def _require_finite(weights: dict[str, torch.Tensor]) -> None:

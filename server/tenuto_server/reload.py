@@ -35,7 +35,7 @@ class Reloader:
 
     async def watch(self, poll_s: float, stop: asyncio.Event) -> None:
         """Scan now, at every change of the repository and every ``poll_s`` seconds, until ``stop``."""
-        await self.scan()
+        await self._scan_safely()
         async for _ in awatch(
             self._repository,
             debounce=_DEBOUNCE_MS,
@@ -44,7 +44,13 @@ class Reloader:
             yield_on_timeout=True,
             stop_event=stop,
         ):
+            await self._scan_safely()
+
+    async def _scan_safely(self) -> None:
+        try:
             await self.scan()
+        except OSError as error:
+            log.error("cannot look into the repository, it is tried again: %s", error)
 
     async def scan(self) -> None:
         """Load the newest sound version of every policy that is newer than the one in service."""
@@ -75,8 +81,9 @@ class Reloader:
             log.warning("refused version %d of policy %s: %s", version, name, error)
             return False
         except Exception:
+            self._refused[name, version] = form
             self._metrics.checkpoints.labels(name, "failed").inc()
-            log.exception("could not load version %d of policy %s; it is tried again", version, name)
+            log.exception("could not load version %d of policy %s", version, name)
             return False
         await self._warm(served, self_test=first)
         policy.versions[version] = served

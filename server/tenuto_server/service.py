@@ -200,15 +200,15 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def StepStream(
         self, request_iterator: AsyncIterator[pb.StepBatchRequest], context: Any
     ) -> AsyncIterator[pb.StepBatchResponse]:
-        """Answer StepBatch messages as they finish. Everything under way is cancelled when the client vanishes."""
+        """Answer StepBatch messages as they finish. Everything under way is cancelled when the client vanishes.
+
+        A request holds its room until its answer is on the wire, so a client that does not read is not read from.
+        """
         answers: asyncio.Queue[pb.StepBatchResponse | None] = asyncio.Queue()
         room = asyncio.Semaphore(MAX_STREAM_REQUESTS)
 
         async def answer(request: pb.StepBatchRequest) -> None:
-            try:
-                answers.put_nowait(await self._answer_in_stream(request))
-            finally:
-                room.release()
+            answers.put_nowait(await self._answer_in_stream(request))
 
         async def read() -> None:
             await room.acquire()
@@ -226,6 +226,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         try:
             while (response := await answers.get()) is not None:
                 yield response
+                room.release()
         finally:
             for task in (reader, *tasks):
                 task.cancel()

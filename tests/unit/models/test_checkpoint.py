@@ -157,6 +157,8 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong dtype": (lambda v: edit_weights(v, lambda w: w.update({"actor.0.bias": torch.ones(16).half()})), "float16"),
     "not finite": (lambda v: edit_weights(v, set_nan), "core.output.bias: got NaN"),
     "other config": (lambda v: edit_manifest(v, config=config_with(v, feature_size=17)), "actor|tensor|state_spec"),
+    "absurd size": (lambda v: edit_manifest(v, config=config_with(v, feature_size=10**9)), "feature_map|tensor"),
+    "impossible size": (lambda v: edit_manifest(v, config=config_with(v, feature_size=10**30)), "got|overflow|int"),
     "bad config": (lambda v: edit_manifest(v, config=config_with(v, feature_size=0)), "feature_size: got 0"),
     "other state": (lambda v: edit_manifest(v, state_fingerprint="0" * 64), "state_spec: got"),
     "other flattening": (lambda v: edit_manifest(v, flattening="mine"), "flattening: got 'mine'"),
