@@ -9,8 +9,8 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
-from scripted import draining, refusal, unavailable
 
+from scripted import draining, refusal, unavailable
 from tenuto_client import (
     DrainingError,
     ObservationError,

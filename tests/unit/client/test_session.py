@@ -5,6 +5,7 @@ import itertools
 import grpc
 import numpy as np
 import pytest
+
 from scripted import (
     LOST_REPLY,
     NEW_EPOCH,
@@ -16,7 +17,6 @@ from scripted import (
     session_unknown,
     unavailable,
 )
-
 from tenuto_client import (
     CapacityError,
     ComputeError,

@@ -5,6 +5,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from scripted import (
     LOST_REPLY,
     NEW_EPOCH,
@@ -18,7 +19,6 @@ from scripted import (
     session_unknown,
     unavailable,
 )
-
 from tenuto_client import (
     CapacityError,
     DeadlineError,

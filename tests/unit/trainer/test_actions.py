@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from gymnasium import spaces
 from ray.rllib.utils.spaces.space_utils import unsquash_action

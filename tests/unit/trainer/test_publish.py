@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 import tenuto_envs
+import tiny_training
 from tenuto_models import CheckpointError, PolicyConfig, TrainingProgress, checkpoint
 from tenuto_trainer import DivergedError, TrainConfig, TrainConfigError
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-s
 def ray_running() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_AUTH_MODE", "disabled")  # Else Ray writes a token to the home folder.
-        with local_ray(tiny.config()):
+        with local_ray(tiny_training.config()):
             yield
 
 
@@ -39,7 +39,7 @@ def _algorithm(settings: TrainConfig) -> Iterator[tuple[Algorithm, CheckpointPub
 
 
 def _config(repository: Path, **overrides: Any) -> TrainConfig:
-    return tiny.config(repository=repository, policy="p", batch_size=512, **overrides)
+    return tiny_training.config(repository=repository, policy="p", batch_size=512, **overrides)
 
 
 def _weights(algorithm: Algorithm) -> dict[str, torch.Tensor]:
@@ -131,7 +131,7 @@ def test_repository_that_cannot_be_written_is_a_checkpoint_error(tmp_path: Path)
 
 
 def test_run_starts_from_the_newest_version_that_can_be_read(tmp_path: Path):
-    policy = tiny.Training(tiny.config()).module.policy
+    policy = tiny_training.Training(tiny_training.config()).module.policy
     where = tmp_path, "p", policy.observation_space, policy.action_space, policy.config
     assert find_start(*where).folder is None
     good = checkpoint.write(tmp_path, "p", policy, TrainingProgress(iteration=7))
@@ -142,7 +142,7 @@ def test_run_starts_from_the_newest_version_that_can_be_read(tmp_path: Path):
 
 
 def test_versions_of_another_kind_of_policy_are_refused(tmp_path: Path):
-    policy = tiny.Training(tiny.config()).module.policy
+    policy = tiny_training.Training(tiny_training.config()).module.policy
     checkpoint.write(tmp_path, "p", policy, TrainingProgress())
     other = PolicyConfig.for_memory("frameconv")
     with pytest.raises(TrainConfigError, match=r"another config: got .*Frameconv.* expected .*DNC"):

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from ray.rllib.core.columns import Columns
 
+import tiny_training
 from tenuto_models import TrainingProgress, checkpoint
 from tenuto_trainer.rl_module import PolicyModule, model_config_for
 
@@ -17,7 +17,7 @@ MEMORIES = ("dnc", "frameconv")
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_every_tensor_of_the_core_changes_in_one_ppo_update(memory: str):
     """In POPGym the DNC's core is built after the optimizer, so that it is never trained."""
-    training = tiny.Training(tiny.config(memory))
+    training = tiny_training.Training(tiny_training.config(memory))
     before = training.weights()
     training.update(training.sample())
     after = training.weights()
@@ -28,7 +28,7 @@ def test_every_tensor_of_the_core_changes_in_one_ppo_update(memory: str):
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_every_parameter_is_in_the_optimizer(memory: str):
-    training = tiny.Training(tiny.config(memory))
+    training = tiny_training.Training(tiny_training.config(memory))
     ((_, optimizer),) = training.learner.get_optimizers_for_module(training.module_id)
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert {name for name, p in training.module.named_parameters() if id(p) not in optimized} == set()
@@ -38,7 +38,7 @@ def test_every_parameter_is_in_the_optimizer(memory: str):
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_learner_recomputes_the_logits_that_were_sampled(memory: str):
     """Also in rows that begin in the middle of an episode or of a fragment: PPO's ratio is 1 before an update."""
-    training = tiny.Training(tiny.config(memory))
+    training = tiny_training.Training(tiny_training.config(memory))
     with torch.no_grad():
         for parameter in training.module.parameters():
             parameter.mul_(2)  # A fresh policy is so close to uniform that a lost state would hardly show.
@@ -63,7 +63,7 @@ def test_learner_recomputes_the_logits_that_were_sampled(memory: str):
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_sampling_forward_is_exactly_the_policys_step(memory: str):
-    training = tiny.Training(tiny.config(memory))
+    training = tiny_training.Training(tiny_training.config(memory))
     module, policy = training.runner.module, training.runner.module.policy
     observation = torch.rand(5, 10)
     state = {name: torch.rand_like(x.float()).to(x.dtype) for name, x in policy.initial_state(5).items()}
@@ -80,7 +80,7 @@ def test_sampling_forward_is_exactly_the_policys_step(memory: str):
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_initial_state_is_the_policys_without_a_batch_dimension(memory: str):
-    module = tiny.Training(tiny.config(memory)).module
+    module = tiny_training.Training(tiny_training.config(memory)).module
     state = module.get_initial_state()
     assert [(name, x.shape) for name, x in state.items()] == [(s.name, s.shape) for s in module.policy.state_spec]
     assert state["t"].dtype == np.int32
@@ -88,7 +88,7 @@ def test_initial_state_is_the_policys_without_a_batch_dimension(memory: str):
 
 
 def test_values_for_advantages_are_computed_without_a_graph_and_equal_those_of_training():
-    training = tiny.Training(tiny.config())
+    training = tiny_training.Training(tiny_training.config())
     batch = training.learner_batch(training.sample())
     trained = training.module.forward_train(batch)[Columns.EMBEDDINGS]
     alone = training.module.compute_values(batch)
@@ -100,7 +100,7 @@ def test_values_for_advantages_are_computed_without_a_graph_and_equal_those_of_t
 
 @pytest.mark.parametrize("env_id", ["popgym-PositionOnlyPendulumEasy-v0", "popgym-MineSweeperEasy-v0", "tiny:bits"])
 def test_every_kind_of_action_is_sampled_and_trained(env_id: str):
-    training = tiny.Training(tiny.config(env_id=env_id, batch_size=64, minibatch_size=32))
+    training = tiny_training.Training(tiny_training.config(env_id=env_id, batch_size=64, minibatch_size=32))
     before = training.weights()
     training.update(training.sample())
     after = training.weights()
@@ -108,7 +108,7 @@ def test_every_kind_of_action_is_sampled_and_trained(env_id: str):
 
 
 def test_training_starts_from_the_weights_of_a_published_version(tmp_path: Path):
-    module = tiny.Training(tiny.config()).module
+    module = tiny_training.Training(tiny_training.config()).module
     policy = module.policy
     folder = checkpoint.write(tmp_path, "p", policy, TrainingProgress())
     config = model_config_for(policy.observation_space, policy.action_space, policy.config, 16, folder)

@@ -3,18 +3,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 import tenuto_trainer
+import tiny_training
 from tenuto_models import TrainingProgress, checkpoint
 from tenuto_trainer import TrainConfig, TrainConfigError
 from tenuto_trainer.train import main, parse
 
-NEEDED = ["--env", tiny.REPEAT, "--memory", "dnc", "--repository", "r"]
+NEEDED = ["--env", tiny_training.REPEAT, "--memory", "dnc", "--repository", "r"]
 
 
 def test_every_setting_has_a_flag_and_its_default():
-    assert parse(NEEDED) == TrainConfig(tiny.REPEAT, "dnc", Path("r"))
+    assert parse(NEEDED) == TrainConfig(tiny_training.REPEAT, "dnc", Path("r"))
     given: dict[str, Any] = {
         "env_id": "e", "memory": "frameconv", "policy": "q", "repository": Path("s"), "log_dir": Path("l"),
     }  # fmt: skip
@@ -41,7 +41,7 @@ def test_bad_setting_is_refused_with_its_name_and_value(setting: str, value: Any
 
 def test_policy_is_named_after_the_environment():
     assert TrainConfig("my.module:make_env", "dnc", Path("r")).policy == "my.module-make_env"
-    assert TrainConfig(tiny.REPEAT, "dnc", Path("r"), policy="p").policy == "p"
+    assert TrainConfig(tiny_training.REPEAT, "dnc", Path("r"), policy="p").policy == "p"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_run_that_cannot_start_says_so_in_one_line(
 
 @pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-single-agent-env-v0")
 def test_repository_of_another_policy_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    checkpoint.write(tmp_path, "p", tiny.Training(tiny.config()).module.policy, TrainingProgress())
+    checkpoint.write(tmp_path, "p", tiny_training.Training(tiny_training.config()).module.policy, TrainingProgress())
     assert main([*NEEDED, "--repository", str(tmp_path), "--policy", "p", "--log-dir", str(tmp_path / "log")]) == 2
     assert "choose another policy name" in capsys.readouterr().err
 
