@@ -8,6 +8,7 @@ import torch
 from gymnasium import spaces
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 
+import tiny_training
 from tenuto_models import ConfigError, PolicyConfig
 from tenuto_models.distributions import distribution_for
 from tenuto_trainer.envs import for_rllib, raw_action_space
@@ -59,7 +60,7 @@ def test_rllib_agrees_on_the_log_probability(space: spaces.Space[Any]):
 
 @every_kind
 def test_environment_is_given_the_action_that_the_server_would_send(space: spaces.Space[Any]):
-    ours, env = distribution_for(space), tiny.Recorder(space)
+    ours, env = distribution_for(space), tiny_training.Recorder(space)
     wrapped = for_rllib(env)
     logits = 3 * torch.randn(64, ours.num_logits, generator=torch.Generator().manual_seed(2))
     raw = _distribution_class(space).from_logits(logits).sample()
@@ -78,7 +79,7 @@ def test_scaling_to_bounds_is_that_of_rllib():
 
 
 def test_observation_is_gymnasiums_flattening_in_float32():
-    env = for_rllib(tiny.Recorder(spaces.Discrete(2)))
+    env = for_rllib(tiny_training.Recorder(spaces.Discrete(2)))
     observation, _ = env.reset()
     assert observation.dtype == np.float32
     assert env.observation_space.shape == (3,)
@@ -87,4 +88,4 @@ def test_observation_is_gymnasiums_flattening_in_float32():
 
 def test_space_without_a_distribution_is_refused():
     with pytest.raises(ConfigError, match="action space: got Dict"):
-        for_rllib(tiny.Recorder(spaces.Dict({"a": spaces.Discrete(2)})))
+        for_rllib(tiny_training.Recorder(spaces.Dict({"a": spaces.Discrete(2)})))

@@ -98,7 +98,9 @@ def test_values_for_advantages_are_computed_without_a_graph_and_equal_those_of_t
     assert training.module.compute_values(batch, embeddings=trained) is trained
 
 
-@pytest.mark.parametrize("env_id", ["popgym-PositionOnlyPendulumEasy-v0", "popgym-MineSweeperEasy-v0", "tiny:bits"])
+@pytest.mark.parametrize(
+    "env_id", ["popgym-PositionOnlyPendulumEasy-v0", "popgym-MineSweeperEasy-v0", "tiny_training:bits"]
+)
 def test_every_kind_of_action_is_sampled_and_trained(env_id: str):
     training = tiny_training.Training(tiny_training.config(env_id=env_id, batch_size=64, minibatch_size=32))
     before = training.weights()

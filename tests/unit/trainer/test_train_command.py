@@ -48,8 +48,8 @@ def test_policy_is_named_after_the_environment():
     ("flags", "part"),
     [
         (["--env", "popgym-RepeatPreviusEasy-v0"], "did you mean 'popgym-RepeatPreviousEasy-v0'"),
-        (["--env", "tiny:dict_actions"], "action space: got Dict"),
-        (["--env", "tiny:text_observations"], "space: got Text"),
+        (["--env", "tiny_training:dict_actions"], "action space: got Dict"),
+        (["--env", "tiny_training:text_observations"], "space: got Text"),
     ],
 )
 def test_run_that_cannot_start_says_so_in_one_line(
