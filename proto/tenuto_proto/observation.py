@@ -86,15 +86,17 @@ class ObservationCodec:
 
     def pack(self, observation: Any, num_rows: int | None = None) -> list[pb.NamedTensor]:
         """Pack a nested observation, or with ``num_rows`` a batch in the layout of gymnasium's vector environments
-        (the same nesting, each leaf ``[num_rows, *shape]``).
+        (the same nesting, each leaf ``[num_rows, *shape]``; a Tuple's columns in a tuple, never in a list).
 
         Raises WireError: OBSERVATION_FIELDS for a missing or extra part, OBSERVATION_DTYPE for a value that does not
         convert without loss of kind (float to integer), OBSERVATION_SHAPE for a wrong shape.
         """
         lead = () if num_rows is None else (num_rows,)
         tensors: list[pb.NamedTensor] = []
+        # A list in a batch is as likely a list of observations as a list of columns: only a tuple is clear.
+        sequences = (tuple, list) if num_rows is None else (tuple,)
         for leaf in self.leaves:
-            value = np.asarray(_at(observation, leaf, self._children))
+            value = np.asarray(_at(observation, leaf, self._children, sequences))
             if not np.can_cast(value.dtype, leaf.dtype, "same_kind") and not _is_integral(value, leaf):
                 raise WireError(
                     pb.OBSERVATION_DTYPE,
@@ -191,14 +193,19 @@ def _leaves(space: pb.Space, path: tuple[str | int, ...]) -> Iterator[Leaf]:
         raise WireError(pb.OBSERVATION_FIELDS, f"space {name!r}: got an empty message, expected one kind of space")
 
 
-def _at(observation: Any, leaf: Leaf, children: Mapping[tuple[str | int, ...], set[str | int]]) -> Any:
+def _at(
+    observation: Any,
+    leaf: Leaf,
+    children: Mapping[tuple[str | int, ...], set[str | int]],
+    sequences: tuple[type[Any], ...],
+) -> Any:
     """Follow a leaf's path into a nested observation; every level must have exactly the children that it should."""
     for depth, part in enumerate(leaf.path):
         where = "/".join(str(p) for p in leaf.path[:depth]) or ROOT
         expected = children[leaf.path[:depth]]
         if isinstance(part, str) and isinstance(observation, Mapping):
             got: Any = set(cast("Mapping[Any, Any]", observation))
-        elif isinstance(part, int) and isinstance(observation, (tuple, list)):
+        elif isinstance(part, int) and isinstance(observation, sequences):
             got = set(range(len(cast("list[Any]", observation))))
         else:
             got = type(observation).__name__

@@ -58,7 +58,9 @@ class ServerConfig:
             self._require(name, 0 <= getattr(self, name) < float("inf"), "at least 0")
         self._require("max_queued", self.max_queued >= self.max_batch, f"at least max_batch, {self.max_batch}")
         self._require("max_message_bytes", self.max_message_bytes >= 1024, "at least 1024")
-        self._require("log_level", self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR"), "a level name")
+        self._require(
+            "log_level", self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR"), "DEBUG, INFO, WARNING or ERROR"
+        )
         if self.repository.exists() and not self.repository.is_dir():
             raise ConfigurationError(f"repository: got {self.repository}, which is a file, expected a folder")
 

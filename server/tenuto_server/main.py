@@ -7,9 +7,11 @@ import contextlib
 import logging
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 import torch
@@ -41,7 +43,6 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         torch.set_num_threads(config.torch_threads)
-        config.repository.mkdir(parents=True, exist_ok=True)
         self.metrics = Metrics()
         self.engine = Engine(choose_device(config.device), config.buckets)
         self.registry = PolicyRegistry()
@@ -102,15 +103,19 @@ class Server:
         await self._set_health(serving=False)
         host = f"[{config.host}]" if ":" in config.host else config.host
         try:
+            _try_to_bind(config.host, config.port)
             port = server.add_insecure_port(f"{host}:{config.port}")
-        except RuntimeError as error:
-            raise ConfigurationError(f"port: got {config.host}:{config.port}, which cannot be bound") from error
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            message = f"port: got {config.host}:{config.port}, which cannot be bound ({reason})"
+            raise ConfigurationError(message) from error
         try:
             self.metrics_server = MetricsServer(self.metrics, config.host, config.metrics_port, self.not_ready)
         except OSError as error:
             raise ConfigurationError(
                 f"metrics_port: got {config.host}:{config.metrics_port}, which cannot be bound ({error.strerror})"
             ) from error
+        _create(config.repository)
         await server.start()
         log.info(
             "listening on %s:%d, metrics on port %d, device %s, repository %s",
@@ -122,6 +127,8 @@ class Server:
         """Why steps would not be answered; None when they would."""
         if self._stop.is_set():
             return "draining"
+        if not self.reloader.has_scanned:
+            return "loading"
         if len(self.registry) == 0:
             return "no policy is served yet"
         return None
@@ -150,8 +157,8 @@ class Server:
         self.stepper.draining = True
         await self._set_health(serving=False)
         deadline_s = time.monotonic() + self.config.drain_timeout_s
-        open_sessions = self._num_sessions()
-        log.info("draining: %d sessions are open, at most %g s", open_sessions, self.config.drain_timeout_s)
+        begun = self._num_sessions()
+        log.info("draining: %d sessions have begun, at most %g s", begun, self.config.drain_timeout_s)
         while self._num_sessions() and time.monotonic() < deadline_s and not self._hurry.is_set():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), _DRAIN_LOOK_S)
@@ -159,12 +166,29 @@ class Server:
             log.warning("%d sessions were still open at the end of the drain", left)
 
     def _num_sessions(self) -> int:
-        return sum(len(policy.sessions) for policy in self.registry)
+        """Sessions that may have an episode running: those that have taken a step."""
+        return sum(policy.sessions.num_begun for policy in self.registry)
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+
+
+def _create(repository: Path) -> None:
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"repository: got {repository}, which cannot be created ({error.strerror})"
+        raise ConfigurationError(message) from error
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """Raise OSError with the system's reason where gRPC would only say that it failed."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,10 +32,15 @@ class Reloader:
         self._repository, self._registry, self._engine, self._metrics = repository, registry, engine, metrics
         self._capacity, self._epoch = capacity, epoch
         self._refused: dict[tuple[str, int], object] = {}
+        self.has_scanned = False
+        """Whether everything that was in the repository at the start has been loaded or refused."""
 
     async def watch(self, poll_s: float, stop: asyncio.Event) -> None:
         """Scan now, at every change of the repository and every ``poll_s`` seconds, until ``stop``."""
         await self._scan_safely()
+        self.has_scanned = True
+        if len(self._registry) == 0:
+            log.warning("no policy in %s yet; waiting for one to be published", self._repository)
         async for _ in awatch(
             self._repository,
             debounce=_DEBOUNCE_MS,

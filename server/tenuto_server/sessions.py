@@ -94,6 +94,12 @@ class SessionTable:
     def __contains__(self, session_id: int) -> bool:
         return session_id in self._slots
 
+    @property
+    def num_begun(self) -> int:
+        """Open sessions that have taken a step, or are taking their first."""
+        begun = self.pool.leased & ~self.closing & ((self.next_index > 0) | self.busy)
+        return int(begun.sum())
+
     def session_ids(self) -> list[int]:
         """Ids of the open sessions, ascending."""
         return sorted(self._slots)

@@ -94,6 +94,15 @@ def test_values_outside_the_space_are_refused_row_by_row(observation: Any, reaso
     assert {row: error.reason for row, error in refused.items()} == {1: reason}
 
 
+def test_a_list_of_observations_is_not_taken_for_columns() -> None:
+    codec = codec_of(spaces.Tuple([spaces.Discrete(4), spaces.Discrete(2), spaces.Discrete(2)]))
+    columns = (np.array([0, 2, 1]), np.array([1, 1, 0]), np.array([1, 0, 0]))
+    assert len(codec.pack(columns, 3)) == 3
+    with pytest.raises(WireError, match="got list, expected a tuple") as caught:
+        codec.pack([(0, 1, 1), (2, 1, 0), (1, 0, 0)], 3)
+    assert caught.value.reason == pb.OBSERVATION_FIELDS
+
+
 def test_unpacking_refuses_unknown_repeated_and_missing_leaves() -> None:
     codec = codec_of(PAIR)
     image, mode = codec.pack(GOOD)
