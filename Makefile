@@ -13,6 +13,7 @@ help:  ## Show this menu.
 install: $(VENV)/installed  ## Install everything into .venv.
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV), a minute or two"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
@@ -56,4 +57,4 @@ bench: install  ## Measure the server beside its floors, a few minutes; prints o
 	$(BIN)/python bench/serving.py
 
 clean:  ## Remove what make made.
-	rm -rf $(VENV) .venv-proto demo-repository dist build
+	rm -rf $(VENV) .venv-proto runs dist build

@@ -37,6 +37,7 @@ PLAYERS = [["--num-envs", "8", "--transport", "batch"], ["--num-envs", "8", "--t
 FIRST_EPISODES, LAST_EPISODES, CLEARLY_BETTER = 16, 100, 0.75
 LIMIT_S = 285
 FOLDER = Path("runs/demo")
+"""Made anew by every run; what stood there is moved to runs/demo.old."""
 WINDOW_S = 5.0
 
 
@@ -170,8 +171,8 @@ class View:
         )
 
 
-def picture(view: View, trainer: Child, elapsed_s: float) -> Panel:
-    """What the terminal shows."""
+def picture(view: View, trainer: Child, elapsed_s: float, height: int) -> Panel:
+    """What the terminal shows, in at most ``height`` lines."""
     figures = Table.grid(padding=(0, 3))
     for label, value in (
         ("served version", f"{view.now('tenuto_newest_version'):.0f}  ({view.now('tenuto_versions_held'):.0f} held)"),
@@ -185,12 +186,14 @@ def picture(view: View, trainer: Child, elapsed_s: float) -> Panel:
     ):
         figures.add_row(Text(label, style="dim"), Text(value, style="bold"))
     returns = Table(box=None, header_style="dim")
-    for heading, justify in (("version", "right"), ("episodes", "right"), ("mean return", "right"), ("", "left")):
-        returns.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for version, (episodes, mean) in sorted(view.returns.items())[-14:]:
+    for heading in ("version", "episodes", "mean return"):
+        returns.add_column(heading, justify="right")
+    returns.add_column("")
+    for version, (episodes, mean) in sorted(view.returns.items())[-max(1, height - 15) :]:
         bar = ProgressBar(total=HIGHEST - LOWEST, completed=mean - LOWEST, width=40)
         returns.add_row(str(version), str(episodes), f"{mean:.3f}", bar)
-    footer = Text(f"trainer: {trainer.last_line()}", style="dim", overflow="ellipsis", no_wrap=True)
+    waiting = "" if view.returns else "waiting for the first version and its first episodes"
+    footer = Text(waiting or f"trainer: {trainer.last_line()}", style="dim", overflow="ellipsis", no_wrap=True)
     title = f"tenuto: {ENV}, {elapsed_s:.0f} s"
     return Panel(Group(figures, Text(), returns, Text(), footer), title=title, padding=(1, 2))
 
@@ -233,7 +236,7 @@ def run(children: list[Child], console: Console) -> View:
                 child.require_alive()
             view.update(scrape(metrics_port))
             if console.is_terminal:
-                live.update(picture(view, trainer, elapsed))
+                live.update(picture(view, trainer, elapsed, console.height))
             elif elapsed - said >= 5:
                 console.print(f"{elapsed:4.0f} s: {view.summary_line()}", soft_wrap=True, highlight=False)
                 said = elapsed
@@ -264,8 +267,8 @@ def judge(view: View, console: Console) -> bool:
     console.print(
         f"\nmean return of the first version ({first}): [bold]{first_mean:.3f}[/bold] over {first_n} episodes\n"
         f"mean return of the last version ({last}): [bold]{last_mean:.3f}[/bold] over {last_n} episodes\n"
-        f"{view.now('tenuto_steps_total'):,.0f} steps were served, "
-        f"{len(view.returns)} versions were played without an episode being dropped.\n",
+        f"{view.now('tenuto_steps_total'):,.0f} steps were served; episodes of {len(view.returns)} versions were played to "
+        "the end, none was dropped on the way.\n",
         soft_wrap=True,
         highlight=False,
     )
@@ -293,7 +296,11 @@ def judge(view: View, console: Console) -> bool:
 def main() -> int:
     """Run the demo and return the exit code."""
     console = Console()
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    if FOLDER.exists():
+        old = FOLDER.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        FOLDER.rename(old)
+        console.print(f"the last demo is kept in {old}/")
     FOLDER.mkdir(parents=True)
     children: list[Child] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
