@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from tenuto_client.address import check_address
 from tenuto_client.aio_stream import AioStepStream
 from tenuto_client.effects import Call, Program, Sleep, T
 from tenuto_client.errors import ClientClosedError, TenutoError, error_from_rpc
@@ -27,7 +28,7 @@ class AioTransport:
         stream: bool = False,
     ) -> None:
         """Open nothing yet, so that it can be built outside the loop. ``stream``: as in Transport."""
-        self._address, self._credentials, self._uses_stream = address, credentials, stream
+        self._address, self._credentials, self._uses_stream = check_address(address), credentials, stream
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._stream: AioStepStream | None = None

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+from tenuto_client.address import check_address
 from tenuto_client.errors import TenutoError
 from tenuto_client.options import PolicyOptions
 from tenuto_client.player import Player
@@ -51,6 +52,7 @@ class PlayOptions:
             raise ValueError(f"--num-envs: got {self.num_envs}, expected at least 1")
         if self.episodes < 0:
             raise ValueError(f"--episodes: got {self.episodes}, expected 0 (until stopped) or more")
+        check_address(self.server, "--server")
         # Checks the rest.
         PolicyOptions(
             self.policy,
@@ -138,20 +140,30 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def refuse(error: Exception) -> NoReturn:
+    """Exit as argparse does, in one line."""
+    print(f"tenuto-play: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``tenuto-play``. Exits with 1 and one line for everything that can be said in one."""
+    """Entry point of ``tenuto-play``. Exits with one line for everything that can be said in one: with 2 where the
+    command line is wrong, with 1 where playing failed.
+    """
     try:
         options = parse_args(argv)
     except ValueError as error:
-        sys.exit(f"tenuto-play: {error}")
+        refuse(error)
     try:
-        from tenuto_envs import EnvError
+        from tenuto_envs import EnvError, UnknownEnvError
     except ImportError as error:
         sys.exit(f"tenuto-play: environments need a missing package ({error}): pip install 'tenuto[gym]'")
     # The player says itself what happens to its sessions.
     logging.getLogger("tenuto_client").addHandler(logging.NullHandler())
     try:
         statistics = play(options)
+    except UnknownEnvError as error:
+        refuse(error)
     except EnvError as error:
         sys.exit(f"tenuto-play: {error}")
     except TenutoError as error:

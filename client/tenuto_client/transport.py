@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from tenuto_client.address import check_address
 from tenuto_client.effects import Call, Program, Sleep, T
 from tenuto_client.errors import ClientClosedError, TenutoError, error_from_message, error_from_rpc
 from tenuto_client.stream import StepStream
@@ -53,7 +54,11 @@ class Transport:
         *,
         stream: bool = False,
     ) -> None:
-        """Connect lazily, with the first call. ``stream``: StepBatch travels over one StepStream."""
+        """Connect lazily, with the first call. ``stream``: StepBatch travels over one StepStream.
+
+        Raises ValueError for an address at which no server can be.
+        """
+        check_address(address)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
         else:

@@ -76,18 +76,21 @@ def test_a_signal_ends_the_game_cleanly(server: ServerProcess, number: signal.Si
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (("--env", "CartPol-v1"), "did you mean 'CartPole-v1'"),
-        (("--env", "CartPole-v1"), "observation space: got Box"),
-        (("--env", ENV, "--policy", "nobody", "--wait-s", "0"), "nobody"),
-        (("--env", ENV, "--num-envs", "0"), "--num-envs: got 0"),
-        (("--env", ENV, "--server", "127.0.0.1:1", "--wait-s", "0", "--timeout-s", "0.5"), "server 127.0.0.1:1: "),
+        (("--env", "CartPol-v1"), 2, "did you mean 'CartPole-v1'"),
+        (("--env", "CartPole-v1"), 1, "observation space: got Box"),
+        (("--env", ENV, "--policy", "nobody", "--wait-s", "0"), 1, "nobody"),
+        (("--env", ENV, "--num-envs", "0"), 2, "--num-envs: got 0"),
+        (("--env", ENV, "--server", "foo"), 2, "--server: got 'foo', expected host:port"),
+        (("--env", ENV, "--server", "127.0.0.1:1", "--wait-s", "0", "--timeout-s", "0.5"), 1, "server 127.0.0.1:1: "),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(server: ServerProcess, arguments: tuple[str, ...], message: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(
+    server: ServerProcess, arguments: tuple[str, ...], code: int, message: str
+) -> None:
     played = run("--server", server.address, *arguments)
-    assert played.returncode == 1
+    assert played.returncode == code
     assert played.stderr.startswith("tenuto-play: ") and played.stderr.count("\n") == 1
     assert message in played.stderr
     assert not sessions(server)

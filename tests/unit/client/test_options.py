@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from tenuto_client import RemotePolicy, RemoteVectorPolicy
+from tenuto_client import AsyncRemotePolicy, AsyncRemoteVectorPolicy, RemotePolicy, RemoteVectorPolicy
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,27 @@ def test_a_vector_policy_checks_its_own_arguments() -> None:
         RemoteVectorPolicy("localhost:1", 0)
     with pytest.raises(ValueError, match="transport: got 'udp'"):
         RemoteVectorPolicy("localhost:1", 1, transport="udp")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["localhost", "", "http://localhost:50051", "localhost:99999", "localhost:0", ":50051", "localhost:port", "a b:1",
+     "::1:50051", "unix:", "localhost:50051/", None],
+)  # fmt: skip
+def test_an_address_at_which_nobody_can_be_is_refused_at_once(address: Any) -> None:
+    for policy in (RemotePolicy, AsyncRemotePolicy):
+        with pytest.raises(ValueError) as caught:
+            policy(address)
+        assert str(caught.value) == f"address: got {address!r}, expected host:port"
+    for policy in (RemoteVectorPolicy, AsyncRemoteVectorPolicy):
+        with pytest.raises(ValueError, match="address: got"):
+            policy(address, 2)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["localhost:50051", "10.0.0.1:1", "[::1]:65535", "robot_arm.lab:50051", "unix:/tmp/x", "unix:///tmp/x",
+     "dns:///policies:50051", "dns:policies:50051", "ipv4:10.0.0.1:1", "ipv6:[::1]:1"],
+)  # fmt: skip
+def test_the_targets_of_grpc_are_addresses(address: str) -> None:
+    RemotePolicy(address).close()
