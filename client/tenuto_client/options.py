@@ -60,4 +60,6 @@ class PolicyOptions:
         wait_for_policy_s: float,
     ) -> PolicyOptions:
         """Gather a constructor's arguments."""
-        return cls(policy_name, version, seed, deterministic, frozenset(outputs), timeout_s, wait_for_policy_s)
+        # A lone name would else be taken for the set of its letters.
+        names = {outputs} if isinstance(outputs, str) else outputs
+        return cls(policy_name, version, seed, deterministic, frozenset(names), timeout_s, wait_for_policy_s)

@@ -45,9 +45,9 @@ class SessionRows:
     """N sessions of one policy at one server. Its methods are programs, see effects.py."""
 
     def __init__(self, options: PolicyOptions, num_envs: int) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs: got {num_envs}, expected at least 1")
-        self.options, self.num_envs = options, num_envs
+        if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+            raise ValueError(f"num_envs: got {num_envs!r}, expected a whole number, at least 1")
+        self.options, self.num_envs = options, int(num_envs)
         self.served: ServedPolicy | None = None
         self.session_ids = np.zeros(num_envs, np.uint64)
         """0: no session is open."""

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from tenuto_client import AsyncRemotePolicy, AsyncRemoteVectorPolicy, RemotePolicy, RemoteVectorPolicy
+from tenuto_client.options import PolicyOptions
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,7 @@ from tenuto_client import AsyncRemotePolicy, AsyncRemoteVectorPolicy, RemotePoli
         ({"timeout_s": float("nan")}, "timeout_s: got nan"),
         ({"wait_for_policy_s": -1}, "wait_for_policy_s: got -1"),
         ({"outputs": ["values"]}, r"outputs: got \['values'\]"),
+        ({"outputs": "values"}, r"outputs: got \['values'\]"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -22,8 +24,10 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
 
 
 def test_a_vector_policy_checks_its_own_arguments() -> None:
-    with pytest.raises(ValueError, match="num_envs: got 0"):
-        RemoteVectorPolicy("localhost:1", 0)
+    bad: Any
+    for bad in (0, 1.5, "2", None):
+        with pytest.raises(ValueError, match=f"num_envs: got {bad!r}, expected a whole number"):
+            RemoteVectorPolicy("localhost:1", bad)
     with pytest.raises(ValueError, match="transport: got 'udp'"):
         RemoteVectorPolicy("localhost:1", 1, transport="udp")  # type: ignore[arg-type]
 
@@ -50,3 +54,7 @@ def test_an_address_at_which_nobody_can_be_is_refused_at_once(address: Any) -> N
 )  # fmt: skip
 def test_the_targets_of_grpc_are_addresses(address: str) -> None:
     RemotePolicy(address).close()
+
+
+def test_one_output_may_be_named_without_a_list() -> None:
+    assert PolicyOptions.build("", 0, None, False, "value", 5.0, 0.0).outputs == {"value"}
