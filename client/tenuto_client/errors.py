@@ -26,6 +26,7 @@ TenutoError
 ├── DeadlineError               no answer in time
 │   └── QueueTimeoutError       the step waited too long for the device
 ├── UnexpectedReplyError        the other side does not keep the contract
+├── MissingExtraError           needs a package that the base install does not bring
 └── ClientClosedError           used after close()
 """
 
@@ -186,10 +187,16 @@ class UnexpectedReplyError(TenutoError):
     """The other side does not keep the contract: not a tenuto server, or one of another version."""
 
 
+class MissingExtraError(TenutoError):
+    """A package that the base install does not bring is missing; the text says how to install it."""
+
+
 class ClientClosedError(TenutoError):
     """The policy was used after close()."""
 
 
+GYM_ADVICE = "pip install 'tenuto[gym]', or pip install '.[gym]' in a clone"
+"""How gymnasium, POPGym and rich are installed."""
 _BY_REASON: dict[int, type[TenutoError]] = {
     pb.POLICY_UNKNOWN: PolicyUnknownError,
     pb.VERSION_UNKNOWN: VersionUnknownError,
@@ -259,7 +266,7 @@ def error_from_rpc(error: Any, server_epoch: int = 0) -> TenutoError:
     return error_from_reason(code, pb.ERROR_REASON_UNSPECIFIED, message, {}, server_epoch)
 
 
-def error_from_wire(error: WireError) -> ObservationError:
-    """Return the exception for an observation that cannot be packed."""
+def error_from_wire(error: WireError, hint: str = "") -> ObservationError:
+    """Return the exception for an observation that cannot be packed; ``hint`` ends its text."""
     name = pb.ErrorReason.Name(cast("pb.ErrorReason", error.reason))
-    return ObservationError(str(error), reason=name)
+    return ObservationError(f"{error}{hint}", reason=name)

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from tenuto_client.address import check_address
-from tenuto_client.errors import TenutoError
+from tenuto_client.errors import GYM_ADVICE, TenutoError
 from tenuto_client.options import PolicyOptions
 from tenuto_client.player import Player
 from tenuto_client.statistics import PlayStatistics
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from tenuto_envs import EnvError, UnknownEnvError
     except ImportError as error:
-        sys.exit(f"tenuto-play: environments need a missing package ({error}): pip install 'tenuto[gym]'")
+        sys.exit(f"tenuto-play: environments need a missing package ({error}): {GYM_ADVICE}")
     # The player says itself what happens to its sessions.
     logging.getLogger("tenuto_client").addHandler(logging.NullHandler())
     try:

@@ -59,12 +59,12 @@ class RemotePolicy:
 
     @property
     def observation_space(self) -> Space[Any]:
-        """The space of observations; needs gymnasium."""
+        """The space of observations; MissingExtraError without gymnasium."""
         return self.served.observation_space()
 
     @property
     def action_space(self) -> Space[Any]:
-        """The space of actions; needs gymnasium."""
+        """The space of actions; MissingExtraError without gymnasium."""
         return self.served.action_space()
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from tenuto_client.effects import Call, Program
 from tenuto_client.errors import (
+    GYM_ADVICE,
     MessageTooLargeError,
+    MissingExtraError,
     PolicyUnknownError,
     ServerUnavailableError,
     TenutoError,
@@ -45,8 +47,8 @@ class ServedPolicy:
     """Seconds without a step after which the server ends a session."""
     server_epoch: int
     """Another one means another server process."""
-    wire: pb.GetPolicyResponse
-    codec: ObservationCodec
+    wire: pb.GetPolicyResponse = field(repr=False)
+    codec: ObservationCodec = field(repr=False)
 
     @classmethod
     def from_wire(cls, reply: pb.GetPolicyResponse) -> ServedPolicy:
@@ -71,12 +73,12 @@ class ServedPolicy:
         )
 
     def observation_space(self) -> Space[Any]:
-        """Return the gymnasium space; needs gymnasium."""
-        return space_from_wire(self.wire.observation_space)
+        """Return the gymnasium space. Raises MissingExtraError without gymnasium."""
+        return gymnasium_space(self.wire.observation_space)
 
     def action_space(self) -> Space[Any]:
-        """Return the gymnasium space; needs gymnasium."""
-        return space_from_wire(self.wire.action_space)
+        """Return the gymnasium space. Raises MissingExtraError without gymnasium."""
+        return gymnasium_space(self.wire.action_space)
 
     def has_spaces_of(self, other: ServedPolicy) -> bool:
         """Whether both take the same observations and give the same actions."""
@@ -90,7 +92,16 @@ class ServedPolicy:
         try:
             return self.codec.pack(observation, num_rows)
         except WireError as error:
-            raise error_from_wire(error) from error
+            # The first error says the same, one level down.
+            raise error_from_wire(error, self._hint(observation)) from None
+
+    def _hint(self, observation: Any) -> str:
+        """What a user has probably overlooked who gives this observation, which was refused."""
+        if self.wire.observation_space.WhichOneof("kind") == "tuple" and isinstance(
+            observation, (int, np.integer, np.ndarray)
+        ):
+            return "; POPGym environments must be made with tenuto_envs.make, which adds the previous action"
+        return ""
 
     def action(self, tensor: pb.Tensor) -> Any:
         """Read one action: an int for Discrete, else an array of its own. Raises UnexpectedReplyError."""
@@ -117,6 +128,14 @@ class ServedPolicy:
         size = request.ByteSize()
         if self.max_message_bytes and size > self.max_message_bytes:
             raise MessageTooLargeError(f"message: got {size} bytes, expected at most {self.max_message_bytes}")
+
+
+def gymnasium_space(space: pb.Space) -> Space[Any]:
+    """Return a space as gymnasium's. Raises MissingExtraError."""
+    try:
+        return space_from_wire(space)
+    except ImportError as error:
+        raise MissingExtraError(f"spaces need gymnasium, which cannot be imported ({error}): {GYM_ADVICE}") from None
 
 
 def action_dtype_and_shape(space: pb.Space) -> tuple[np.dtype[Any], tuple[int, ...]]:

@@ -69,12 +69,12 @@ class RemoteVectorPolicy:
 
     @property
     def observation_space(self) -> Space[Any]:
-        """The space of one environment's observations; needs gymnasium."""
+        """The space of one environment's observations; MissingExtraError without gymnasium."""
         return self.served.observation_space()
 
     @property
     def action_space(self) -> Space[Any]:
-        """The space of one environment's actions; needs gymnasium."""
+        """The space of one environment's actions; MissingExtraError without gymnasium."""
         return self.served.action_space()
 
     @property

@@ -36,7 +36,7 @@ def _make_popgym(env_id: str) -> Env:
     except ImportError as error:
         raise MissingPackageError(
             f"environment {env_id!r} needs popgym, which cannot be imported ({error}); "
-            'install it with: pip install "tenuto[gym]"'
+            "install it with: pip install 'tenuto[gym]', or pip install '.[gym]' in a clone"
         ) from error
     if env_id.startswith("popgym-Labyrinth") and env_id not in gymnasium.registry:
         raise MissingPackageError(

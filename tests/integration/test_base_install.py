@@ -15,7 +15,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, distribution
 
 import tenuto_client
-from tenuto_client import AsyncRemoteVectorPolicy, RemotePolicy, ServerUnavailableError
+from tenuto_client import AsyncRemoteVectorPolicy, MissingExtraError, RemotePolicy, ServedPolicy, ServerUnavailableError
+from tenuto_proto.v1 import policy_pb2 as pb
 
 for name in {absent!r}:
     try:
@@ -27,6 +28,16 @@ try:
     RemotePolicy("127.0.0.1:1", timeout_s=0.1).connect()
 except ServerUnavailableError:
     pass
+space = pb.Space(discrete=pb.DiscreteSpace(n=2, dtype=pb.INT64))
+policy = ServedPolicy.from_wire(pb.GetPolicyResponse(observation_space=space, action_space=space))
+for read in (policy.observation_space, policy.action_space):
+    try:
+        read()
+    except MissingExtraError as error:
+        if "pip install 'tenuto[gym]', or pip install '.[gym]' in a clone" not in str(error):
+            raise
+    else:
+        raise SystemExit("a space without gymnasium")
 loaded = sorted(m for m in ("torch", "ray", "gymnasium", "tenuto_server", "tenuto_models") if m in sys.modules)
 if loaded:
     raise SystemExit(f"imported: {{loaded}}")
@@ -58,4 +69,7 @@ def test_base_install_gives_a_client_without_torch_ray_or_gymnasium(python: Path
 def test_play_says_how_to_install_what_it_misses(python: Path) -> None:
     played = run(python.parent / "tenuto-play", "--env", "CartPole-v1")
     assert played.returncode == 1
-    assert played.stderr.count("\n") == 1 and "pip install 'tenuto[gym]'" in played.stderr
+    assert (
+        played.stderr.count("\n") == 1
+        and "pip install 'tenuto[gym]', or pip install '.[gym]' in a clone" in played.stderr
+    )

@@ -5,8 +5,9 @@ def test_public_names() -> None:
     assert sorted(tenuto_client.__all__) == tenuto_client.__all__
     assert set(tenuto_client.__all__) == {
         "AsyncRemotePolicy", "AsyncRemoteVectorPolicy", "BatchError", "CapacityError", "ClientClosedError",
-        "ComputeError", "DeadlineError", "DrainingError", "MessageTooLargeError", "ObservationError",
-        "OverloadedError", "PolicyUnknownError", "QueueTimeoutError", "RemotePolicy", "RemoteVectorPolicy",
+        "ComputeError", "DeadlineError", "DrainingError", "MessageTooLargeError", "MissingExtraError",
+        "ObservationError", "OverloadedError", "PolicyUnknownError", "QueueTimeoutError", "RemotePolicy",
+        "RemoteVectorPolicy",
         "RowsError", "ServedPolicy", "ServerUnavailableError", "SessionClosedError", "SessionError",
         "SessionExistsError", "SessionExpiredError", "SessionGoneError", "SessionLostError", "SessionUnknownError",
         "SpaceMismatchError", "StepError", "StepIndexError", "StepInFlightError", "StepResult", "TenutoError",
