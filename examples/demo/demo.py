@@ -267,8 +267,8 @@ def judge(view: View, console: Console) -> bool:
     console.print(
         f"\nmean return of the first version ({first}): [bold]{first_mean:.3f}[/bold] over {first_n} episodes\n"
         f"mean return of the last version ({last}): [bold]{last_mean:.3f}[/bold] over {last_n} episodes\n"
-        f"{view.now('tenuto_steps_total'):,.0f} steps were served; episodes of {len(view.returns)} versions were played to "
-        "the end, none was dropped on the way.\n",
+        f"{view.now('tenuto_steps_total'):,.0f} steps were served. Episodes of {len(view.returns)} versions ended, "
+        "none was dropped on the way.\n",
         soft_wrap=True,
         highlight=False,
     )
