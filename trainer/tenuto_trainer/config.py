@@ -6,9 +6,12 @@ import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tenuto_models import DNCConfig, FrameconvConfig, PolicyConfig
 from tenuto_trainer.errors import TrainConfigError
+
+if TYPE_CHECKING:
+    from tenuto_models import PolicyConfig
 
 MEMORIES = ("dnc", "frameconv")
 _POLICY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -83,7 +86,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.policy:
             object.__setattr__(self, "policy", re.sub(r"[^A-Za-z0-9._-]+", "-", self.env_id))
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.policy):
+        if not re.fullmatch(_POLICY_NAME, self.policy):
             raise TrainConfigError(
                 f"policy: got {self.policy!r}, expected letters, digits, '.', '_' or '-', at most 128"
             )
@@ -117,6 +120,9 @@ class TrainConfig:
 
     def policy_config(self) -> PolicyConfig:
         """Return the configuration of the policy to train."""
+        # Torch takes seconds to import, and settings are checked without it.
+        from tenuto_models import DNCConfig, FrameconvConfig, PolicyConfig
+
         width = self.hidden_size
         memory = (
             DNCConfig(width, self.num_cells, self.cell_size, self.num_read_heads)

@@ -1,6 +1,8 @@
 """``tenuto-train``: reads the command line, runs one training, and turns errors into one line and an exit code.
 
-Exit codes: 0 the run ended as asked or by a signal, 1 it failed, 2 the command line or the environment cannot be used.
+Exit codes: 0 the run ended as asked or by a signal, 1 it failed or a package is missing, 2 the command line, a folder
+or the environment cannot be used. Nothing is written but the repository, the log folder and, while the run lasts, a
+folder below TMPDIR; there torch also makes its cache folder, torchinductor_<user>, which stays.
 """
 
 from __future__ import annotations
@@ -11,12 +13,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from rich.console import Console
-
-from tenuto_envs import EnvError
-from tenuto_models import CheckpointError, ConfigError
 from tenuto_trainer.config import MEMORIES, TrainConfig
 from tenuto_trainer.errors import TrainConfigError, TrainerError
+from tenuto_trainer.folders import require_writable
 
 _HELP: dict[str, tuple[type, str]] = {
     "policy": (str, "name in the repository; default: the environment's id"),
@@ -63,7 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)
     try:
         return TrainConfig(**vars(parser.parse_args(argv)))
-    except (TrainConfigError, ConfigError) as error:
+    except TrainConfigError as error:
         sys.stderr.write(f"tenuto-train: {error}\n")
         sys.exit(TrainConfigError.exit_code)
 
@@ -71,9 +70,21 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``tenuto-train`` and return its exit code."""
     config = parse(argv)
-    # Ray takes seconds to import, so the command line is checked first.
-    from tenuto_trainer.loop import train
-    from tenuto_trainer.progress import Progress
+    try:
+        require_writable(config)
+    except TrainConfigError as error:
+        return _fail(error, error.exit_code)
+    # Torch and Ray take seconds to import, and the base install has neither.
+    try:
+        from rich.console import Console
+
+        from tenuto_envs import EnvError
+        from tenuto_models import CheckpointError, ConfigError
+        from tenuto_trainer.loop import train
+        from tenuto_trainer.progress import Progress
+    except ModuleNotFoundError as error:
+        advice = "pip install 'tenuto[trainer]', or pip install '.[trainer]' in a clone"
+        return _fail(f"the package {error.name!r} is not installed; {advice}", TrainerError.exit_code)
 
     try:
         with Progress(Console(), config.log_dir / config.policy) as progress:
@@ -89,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     sys.stderr.write(f"tenuto-train: {error}\n")
     return code
 

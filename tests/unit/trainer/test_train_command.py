@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,40 @@ def test_run_that_cannot_start_says_so_in_one_line(
     assert part in captured.err
     assert "Traceback" not in captured.err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("flag", ["--repository", "--log-dir"])
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/tenuto"])
+def test_folder_that_cannot_be_written_to_is_refused_in_one_line(
+    flag: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    folders = ["--repository", str(tmp_path / "r"), "--log-dir", str(tmp_path / "log"), flag, str(tmp_path / folder)]
+    assert main([*NEEDED, *folders]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"tenuto-train: {flag[2:].replace('-', '_')}: got {str(tmp_path / folder)!r}, expected")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folders_are_tried_and_packages_missed_without_torch_and_ray(tmp_path: Path):
+    """As in the base install: neither package can be imported, and so neither is waited for."""
+    code = (
+        "import sys; sys.modules.update(torch=None, ray=None); from tenuto_trainer.train import main; sys.exit(main())"
+    )
+    (tmp_path / "file").touch()
+    for repository, code_expected, part in (
+        (tmp_path / "file", 2, "repository: got"),
+        (tmp_path / "r", 1, "is not installed; pip install 'tenuto[trainer]', or pip install '.[trainer]' in a clone"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *NEEDED, "--repository", str(repository), "--log-dir", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (code_expected, 1)
+        assert part in done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-single-agent-env-v0")
