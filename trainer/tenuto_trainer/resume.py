@@ -39,15 +39,31 @@ def find_start(
             found = checkpoint.read(folder)
         except CheckpointError:
             continue  # No server loads it either; an older one may be whole.
-        for what, got, expected in (
-            ("config", config, found.policy.config),
-            ("observation space", observation_space, found.policy.observation_space),
-            ("action space", action_space, found.policy.action_space),
-        ):
-            if got != expected:
-                raise TrainConfigError(
-                    f"{folder} was trained with another {what}: got {got}, expected {expected}; "
-                    "choose another policy name to begin a new policy"
-                )
+        differences = [
+            f"{what}: got {got}, but version {version} has {has}"
+            for what, got, has in (
+                *_config_differences(config, found.policy.config),
+                ("observation space", observation_space, found.policy.observation_space),
+                ("action space", action_space, found.policy.action_space),
+            )
+            if got != has
+        ]
+        if differences:
+            raise TrainConfigError(
+                f"{'; '.join(differences)} ({folder}); choose another policy name to begin a new policy"
+            )
         return Start(folder, found.training)
     return Start()
+
+
+def _config_differences(got: PolicyConfig, has: PolicyConfig) -> list[tuple[str, Any, Any]]:
+    """Name the fields that differ, with both values; of two kinds of memory only the kinds."""
+    ours, theirs = _flat(got), _flat(has)
+    names = ["memory"] if ours["memory"] != theirs["memory"] else list(ours)
+    return [(name, ours[name], theirs[name]) for name in names if ours[name] != theirs[name]]
+
+
+def _flat(config: PolicyConfig) -> dict[str, Any]:
+    fields = config.to_json()
+    memory = fields.pop("memory")
+    return {"memory": memory.pop("type"), **{f"memory.{name}": value for name, value in memory.items()}, **fields}
