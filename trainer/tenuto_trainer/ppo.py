@@ -1,9 +1,15 @@
-"""RLlib's PPO for a policy with memory: one TrainConfig in, one algorithm out, and Ray as quiet as it goes."""
+"""RLlib's PPO for a policy with memory: one TrainConfig in, one algorithm out, and Ray as quiet as it goes.
+
+Ray leaves nothing behind: its session and sockets live in a temporary folder that is removed at the end, its token in
+the environment instead of ``~/.ray/auth_token``, and ``~/ray_results`` is not made.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +19,7 @@ import gymnasium
 import ray
 from gymnasium import spaces
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
@@ -32,23 +38,29 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 def local_ray(config: TrainConfig) -> Generator[None]:
     """Run a Ray of our own on this machine, without dashboard, usage statistics or chatter; shut it down at the end.
 
-    Does not touch RAY_AUTH_MODE: Ray's default keeps other users of the machine out of its ports.
+    Does not touch RAY_AUTH_MODE: Ray's default keeps other users of the machine out of its ports. Sets RAY_AUTH_TOKEN
+    for this process and its children if nobody did: without it Ray writes a token to the home folder.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     for name in ("ray", "ray.rllib", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=1 + config.num_env_runners,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Paths of sockets must be short, hence the prefix; Ray's processes may still write while they end.
+    with tempfile.TemporaryDirectory(prefix="tenuto-", ignore_cleanup_errors=True) as folder:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=1 + config.num_env_runners,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=folder,
+            )
+            yield
+        finally:
+            ray.shutdown()
 
 
 def ppo_config(
@@ -69,7 +81,7 @@ def ppo_config(
         start.progress,
     )
     return (
-        PPOConfig()
+        PPOConfig(algo_class=_PPO)
         # Actions are scaled and clipped by our own wrapper, as the server does it.
         .environment(_ENV_NAME, disable_env_checking=True, normalize_actions=False, clip_actions=False)
         .env_runners(num_env_runners=config.num_env_runners, num_envs_per_env_runner=config.num_envs)
@@ -91,6 +103,13 @@ def ppo_config(
         .callbacks(cast(Any, publisher))  # Any callable will do, the annotation asks for a class.
         .debugging(seed=config.seed, log_level="ERROR")
     )
+
+
+class _PPO(PPO):
+    """PPO without the folder in ~/ray_results that every algorithm makes for itself; nothing is ever written to it."""
+
+    def _setup_logdir(self) -> None:
+        self._logdir = tempfile.gettempdir()
 
 
 @contextmanager
