@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from types import FrameType
@@ -57,10 +58,14 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
             progress.note(f"{config.policy} {origin}; newest version is {publisher.version}")
             began = ended = time.monotonic()
             iteration = 0
-            while not (reason := _reason_to_stop(config, stop, publisher.progress, iteration, ended - began)):
+            reason = _reason_to_stop(config, stop, publisher.progress, iteration, 0.0)
+            while reason is None:
                 before, steps_before = ended, publisher.progress.env_steps
                 result = algorithm.train()
                 ended, iteration = time.monotonic(), iteration + 1
+                reason = _reason_to_stop(config, stop, publisher.progress, iteration, ended - began)
+                if reason is not None:  # Before the last line, which is to name the version that stays.
+                    publisher.publish(algorithm)
                 progress.iteration(
                     IterationReport(
                         progress=publisher.progress,
@@ -70,8 +75,8 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
                         scalars=scalars_of(result, DEFAULT_MODULE_ID),
                     )
                 )
-            publisher.publish(algorithm)
-            progress.note(f"stopped: {reason}; newest version is {publisher.version}")
+            progress.end(f"stopped: {reason}; newest version is {publisher.version}")
+            progress.end(f"serve it: tenuto-serve --repository {shlex.quote(str(config.repository))}")
             return publisher.progress
 
 

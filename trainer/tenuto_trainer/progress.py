@@ -35,9 +35,9 @@ class IterationReport:
         """Say it in one line that fits 80 columns; steps are environment steps."""
         p = self.progress
         return (
-            f"iteration {p.iteration:4d} | v{self.version} | return {_number(p.return_mean)}, "
-            f"best {_number(p.best_return)} | {p.env_steps:,} steps at {self.steps_per_second:,.0f}/s | "
-            f"{self.seconds:.0f} s"
+            f"iteration {p.iteration:4d}  v{self.version}  return {_number(p.return_mean)}, best "
+            f"{_number(p.best_return)}  {_count(p.env_steps)} steps  {_count(self.steps_per_second)}/s  "
+            f"{_duration(self.seconds)}"
         )
 
 
@@ -68,6 +68,12 @@ class Progress:
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def end(self, text: str) -> None:
+        """Say something below the last iteration, whose line then stays as it is."""
+        if self._live:
+            self._live.stop()
+        self.note(text)
 
     def iteration(self, report: IterationReport) -> None:
         """Show an iteration and write its curves over the environment steps."""
@@ -111,4 +117,22 @@ def _or_nan(value: float | None) -> float:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    """Say a return in at most 6 characters, if it is nearer to 0 than a quadrillion."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 9.9995 else ("-" if value < 0 else "") + _count(abs(value))
+
+
+def _count(value: float) -> str:
+    """Say a number that is not negative in 3 digits, at most 5 characters: 512, 61.4k, 1.23M."""
+    thousands = 0
+    while value >= 999.5 and thousands < 4:
+        value, thousands = value / 1000, thousands + 1
+    return f"{value:.3g}{('', 'k', 'M', 'G', 'T')[thousands]}"
+
+
+def _duration(seconds: float) -> str:
+    """Say a duration by its two largest units: 59s, 12m05s, 3h25m."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"

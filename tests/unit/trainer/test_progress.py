@@ -1,0 +1,44 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tenuto_models import TrainingProgress
+from tenuto_trainer.progress import IterationReport, Progress
+
+
+def _report(progress: TrainingProgress, version: int, seconds: float = 1.0, speed: float = 100.0) -> IterationReport:
+    return IterationReport(progress, version, seconds, speed, {})
+
+
+@pytest.mark.parametrize(
+    ("report", "line"),
+    [
+        (
+            _report(TrainingProgress(2048, 1, None, None), 1, 2.2, 1265.4),
+            "iteration    1  v1  return -, best -  2.05k steps  1.27k/s  2s",
+        ),
+        (
+            _report(TrainingProgress(61_440, 15, -0.25, 12.345), 5, 725.0, 773.0),
+            "iteration   15  v5  return -0.250, best 12.3  61.4k steps  773/s  12m05s",
+        ),
+        (
+            _report(TrainingProgress(12_345_678, 99_999, -9.9991, -1234.5), 9999, 359_940.0, 12_345.6),
+            "iteration 99999  v9999  return -9.999, best -1.23k  12.3M steps  12.3k/s  99h59m",
+        ),
+    ],
+)
+def test_iteration_is_one_line_of_80_columns(report: IterationReport, line: str):
+    assert report.line() == line
+    assert len(line) <= 80
+
+
+def test_last_words_stand_below_the_last_iteration_of_a_terminal(tmp_path: Path):
+    screen = io.StringIO()
+    with Progress(Console(file=screen, force_terminal=True, width=80), tmp_path) as progress:
+        progress.iteration(_report(TrainingProgress(10, 1), 1))
+        progress.iteration(_report(TrainingProgress(20, 2), 2))
+        progress.end("stopped: enough")
+    shown = screen.getvalue()
+    assert shown.rindex("iteration    2  v2") < shown.index("stopped: enough")
