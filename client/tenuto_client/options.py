@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from tenuto_client.errors import TenutoError
 from tenuto_client.retry import Timing
 from tenuto_proto.v1 import policy_pb2 as pb
 
+OnWait = Callable[[TenutoError], None] | None
+"""Is told each error that a first connection waits out."""
 OUTPUTS = frozenset({"value", "log_prob", "logits"})
 
 
@@ -28,7 +31,7 @@ class PolicyOptions:
     timeout_s: float = 5.0
     """Seconds that one method may take, with all its attempts."""
     wait_for_policy_s: float = 0.0
-    """Seconds to wait at first for the server to come up and serve the policy; 0: only ``timeout_s`` for the server."""
+    """Seconds to wait at first for the server to come up and serve the policy; 0: ``timeout_s`` for the server only."""
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:

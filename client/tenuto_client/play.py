@@ -6,18 +6,28 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
 from tenuto_client.address import check_address
-from tenuto_client.errors import GYM_ADVICE, TenutoError
+from tenuto_client.errors import (
+    GYM_ADVICE,
+    DrainingError,
+    PolicyUnknownError,
+    ServerUnavailableError,
+    TenutoError,
+)
 from tenuto_client.options import PolicyOptions
 from tenuto_client.player import Player
 from tenuto_client.statistics import PlayStatistics
 from tenuto_client.vector_policy import RemoteVectorPolicy, VectorTransport
-from tenuto_client.view import open_view
+from tenuto_client.view import View, open_view
+
+STOP_GRACE_S = 0.3
+"""How long a step may go on after a signal."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class PlayOptions:
     timeout_s: float = 5.0
     """Seconds for one step with all its retries."""
     wait_s: float = 30.0
-    """Seconds to wait for the server and the policy, at first and whenever they are away."""
+    """Seconds to wait for the server and the policy, at first and since the server was last seen."""
 
     def __post_init__(self) -> None:
         if self.num_envs < 1:
@@ -81,61 +91,122 @@ def parse_args(argv: Sequence[str] | None = None) -> PlayOptions:
     return PlayOptions(**vars(parser.parse_args(argv)))
 
 
-def play(options: PlayOptions) -> PlayStatistics:
+def play(options: PlayOptions, statistics: PlayStatistics) -> None:
     """Play until enough episodes are finished, or SIGINT or SIGTERM comes; sessions are closed either way.
 
-    Raises TenutoError or tenuto_envs.EnvError.
+    Fills ``statistics``, also where it raises TenutoError or tenuto_envs.EnvError.
     """
     import tenuto_envs
 
     stop = StopSignal()
-    envs = [tenuto_envs.make(options.env)]
+    envs: list[Any] = []
+    policy = RemoteVectorPolicy(
+        options.server,
+        options.num_envs,
+        options.policy,
+        transport=options.transport,
+        version=options.version,
+        seed=options.seed,
+        deterministic=options.deterministic,
+        outputs=(),
+        timeout_s=options.timeout_s,
+        wait_for_policy_s=options.wait_s,
+    )
+    last_rewards: Any = None
     try:
-        with (
-            RemoteVectorPolicy(
-                options.server,
-                options.num_envs,
-                options.policy,
-                transport=options.transport,
-                version=options.version,
-                seed=options.seed,
-                deterministic=options.deterministic,
-                outputs=(),
-                timeout_s=options.timeout_s,
-                wait_for_policy_s=options.wait_s,
-            ) as policy,
-            open_view() as view,
-        ):
+        with open_view() as view, stop.interrupts():
+            # An environment that cannot be made is said before anybody waits for a server.
+            envs.append(tenuto_envs.make(options.env))
+            policy.connect(waiting_notes(options, view))
             envs += [tenuto_envs.make(options.env) for _ in range(options.num_envs - 1)]
-            player = Player(envs, policy, num_episodes=options.episodes, seed=options.seed, patience_s=options.wait_s)
-            statistics = player.play(view, stop)
-            policy.close(player.last_rewards)
-            return statistics
+            player = Player(
+                envs,
+                policy,
+                num_episodes=options.episodes,
+                seed=options.seed,
+                patience_s=options.wait_s,
+                statistics=statistics,
+            )
+            player.play(view, stop)
+            # Not after an interrupted step, which has perhaps carried them already.
+            last_rewards = player.last_rewards
     finally:
+        policy.close(last_rewards)
         for env in envs:
             env.close()
         stop.restore()
 
 
+def waiting_notes(options: PlayOptions, view: View) -> Callable[[TenutoError], None]:
+    """Return what notes why the first connection waits, once for each reason."""
+    noted = ""
+
+    def note(error: TenutoError) -> None:
+        nonlocal noted
+        if isinstance(error, DrainingError):
+            text = f"waiting for the successor of the server at {options.server}, which shuts down"
+        elif isinstance(error, ServerUnavailableError):
+            text = f"waiting for a server at {options.server}"
+        elif isinstance(error, PolicyUnknownError):
+            version = f" version {options.version}" if options.version else ""
+            text = f"waiting for policy {options.policy!r}{version}; {error}" if options.policy else f"waiting; {error}"
+        else:
+            text = f"waiting for the server at {options.server}; {error}"
+        if text != noted:
+            view.note(f"{text} (at most {options.wait_s or options.timeout_s:g} s)")
+        noted = text
+
+    return note
+
+
+class Stopped(BaseException):
+    """Ends what the player waits for. No Exception, so that nobody takes it for a failure."""
+
+
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a question that is answered between two steps; a second one kills."""
+    """Turns the first SIGINT or SIGTERM into a question that is answered between two steps, and into Stopped where no
+    answer comes soon; a second one kills.
+    """
 
     def __init__(self) -> None:
-        self._came = False
+        self._came = self._interrupts = False
         self._before: dict[int, Any] = {
             number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)
         }
+        self._alarm_before = signal.signal(signal.SIGALRM, self._interrupt)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._came = True
-        self.restore()
+        self._give_back()
+        # Repeated, because an exception may be lost where it cannot be raised, as in a destructor.
+        signal.setitimer(signal.ITIMER_REAL, STOP_GRACE_S, STOP_GRACE_S)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupts:
+            raise Stopped
 
     def __call__(self) -> bool:
         """Whether one came."""
         return self._came
 
+    @contextmanager
+    def interrupts(self) -> Generator[None]:
+        """Let a signal end the block, in STOP_GRACE_S where it does not end by itself; swallow Stopped."""
+        try:
+            self._interrupts = True
+            yield
+        except Stopped:
+            pass
+        finally:
+            self._interrupts = False
+
     def restore(self) -> None:
         """Give the signals back."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._give_back()
+        signal.signal(signal.SIGALRM, self._alarm_before)
+
+    def _give_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -160,8 +231,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"tenuto-play: environments need a missing package ({error}): {GYM_ADVICE}")
     # The player says itself what happens to its sessions.
     logging.getLogger("tenuto_client").addHandler(logging.NullHandler())
+    statistics = PlayStatistics()
     try:
-        statistics = play(options)
+        play(options, statistics)
     except UnknownEnvError as error:
         refuse(error)
     except EnvError as error:
@@ -170,7 +242,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"tenuto-play: server {options.server}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print("\n".join(statistics.summary()))
+    finally:
+        # Also what was played until something went wrong.
+        if statistics.num_steps:
+            print("\n".join(statistics.summary()), flush=True)
+    if not statistics.num_steps:
+        print("stopped before the first step")
 
 
 if __name__ == "__main__":

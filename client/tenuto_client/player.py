@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tenuto_client.errors import (
     CapacityError,
     DeadlineError,
+    DrainingError,
     OverloadedError,
     PolicyUnknownError,
     ServerUnavailableError,
@@ -57,10 +58,12 @@ class Player:
         num_episodes: int = 0,
         seed: int | None = None,
         patience_s: float = 30.0,
+        statistics: PlayStatistics | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """``num_episodes``: 0 for endless. ``patience_s``: how long the server may be away before that is an error.
+        ``statistics``: filled while playing; None: new ones.
 
         Raises SpaceMismatchError where the environments' spaces are not the policy's.
         """
@@ -68,7 +71,7 @@ class Player:
         from gymnasium.vector.utils import create_empty_array
 
         check_spaces(envs[0], policy)
-        self.statistics = PlayStatistics()
+        self.statistics = statistics or PlayStatistics()
         self._envs, self._policy, self._num_episodes = envs, policy, num_episodes
         self._patience_s, self._clock, self._sleep = patience_s, clock, sleep
         self._space = envs[0].observation_space
@@ -84,12 +87,14 @@ class Player:
         self._returns = np.zeros(n)
         self._away = np.zeros(n, np.bool_)
         """Rows that the server did not serve."""
-        self._away_since_s = self._retry_at_s = 0.0
+        self._seen_s = self._retry_at_s = 0.0
+        """When the server last did something for this player, or said that it drains; when to ask it again."""
         for row in range(n):
             self._begin(row, None if seed is None else seed + row)
 
     def play(self, view: View, should_stop: Callable[[], bool] = lambda: False) -> PlayStatistics:
         """Play until enough episodes are finished or ``should_stop``. Raises TenutoError where that is not possible."""
+        self._seen_s = self._clock()
         while self._active.any() and not should_stop():
             result = self._step(self._rows_to_step())
             self._take_errors(result, view)
@@ -162,13 +167,16 @@ class Player:
             for row in lost:
                 self.last_rewards[row] = np.nan
                 self._begin(row, None)
+        now_s = self._clock()
+        # A draining server is there as long as it says so; what is waited for is its successor.
+        if lost or result.versions.any() or any(isinstance(error, DrainingError) for error in away.values()):
+            self._seen_s = now_s
         if away:
-            error, now_s = next(iter(away.values())), self._clock()
-            if not self._away.any():
-                self._away_since_s = now_s
-                view.note(f"{len(away)} environments wait for the server, at most {self._patience_s:g} s: {error}")
-            elif now_s - self._away_since_s > self._patience_s:
+            error = next(iter(away.values()))
+            if now_s - self._seen_s > self._patience_s:
                 raise give_up(error, self._patience_s)
+            if not self._away.any():
+                view.note(f"{len(away)} environments wait for the server, at most {self._patience_s:g} s: {error}")
             self._retry_at_s = now_s + RETRY_PAUSE_S
         self._away[result.versions > 0] = False
         self._away[list(lost)] = False

@@ -10,7 +10,7 @@ import grpc
 
 from tenuto_client.aio_transport import AioTransport
 from tenuto_client.errors import TenutoError
-from tenuto_client.options import PolicyOptions
+from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.results import StepResult
 from tenuto_client.served import ServedPolicy
 from tenuto_client.session import Session
@@ -48,9 +48,12 @@ class RemotePolicy:
         )
         self._transport = Transport(address, credentials)
 
-    def connect(self) -> ServedPolicy:
-        """Find the policy and open a session now rather than with the first step. Repeating it does nothing."""
-        return self._transport.run(self._session.connect())
+    def connect(self, on_wait: OnWait = None) -> ServedPolicy:
+        """Find the policy and open a session now rather than with the first step. Repeating it does nothing.
+
+        ``on_wait`` is told each error that is waited out, see ``wait_for_policy_s``.
+        """
+        return self._transport.run(self._session.connect(on_wait))
 
     @property
     def served(self) -> ServedPolicy:
@@ -141,9 +144,9 @@ class AsyncRemotePolicy:
         )
         self._transport = AioTransport(address, credentials)
 
-    async def connect(self) -> ServedPolicy:
+    async def connect(self, on_wait: OnWait = None) -> ServedPolicy:
         """As RemotePolicy.connect."""
-        return await self._transport.run(self._session.connect())
+        return await self._transport.run(self._session.connect(on_wait))
 
     @property
     def served(self) -> ServedPolicy:

@@ -89,6 +89,22 @@ def is_transient(error: TenutoError) -> bool:
     return isinstance(error, (ServerUnavailableError, DeadlineError, OverloadedError, StepInFlightError))
 
 
+def noticing(
+    should_retry: Callable[[TenutoError], bool], on_wait: Callable[[TenutoError], None] | None
+) -> Callable[[TenutoError], bool]:
+    """Return ``should_retry``, which also tells ``on_wait`` each error that is waited out."""
+    if on_wait is None:
+        return should_retry
+
+    def notice(error: TenutoError) -> bool:
+        if not should_retry(error):
+            return False
+        on_wait(error)
+        return True
+
+    return notice
+
+
 def is_ambiguous(error: TenutoError) -> bool:
     """Whether a call that failed so may have been carried out: the connection failed, not the server refused."""
     return not error.reason and error.code in _AMBIGUOUS

@@ -20,7 +20,8 @@ from tenuto_client.errors import (
     UnexpectedReplyError,
     error_from_wire,
 )
-from tenuto_client.retry import Deadline, attempt, is_transient
+from tenuto_client.options import OnWait, PolicyOptions
+from tenuto_client.retry import Deadline, attempt, is_transient, noticing
 from tenuto_proto import ObservationCodec, WireError, array_from_wire
 from tenuto_proto.spaces import space_from_wire
 from tenuto_proto.tensors import DTYPES
@@ -154,12 +155,18 @@ def action_dtype_and_shape(space: pb.Space) -> tuple[np.dtype[Any], tuple[int, .
     )
 
 
-def find_policy(policy_name: str, version: int, deadline: Deadline, *, wait: bool) -> Program[ServedPolicy]:
+def find_policy(
+    options: PolicyOptions, deadline: Deadline, *, wait: bool, on_wait: OnWait = None
+) -> Program[ServedPolicy]:
     """Ask the server for a policy; with ``wait`` until it serves it, else only until the server answers."""
 
     def should_retry(error: TenutoError) -> bool:
         return is_transient(error) or (wait and isinstance(error, (PolicyUnknownError, ServerUnavailableError)))
 
-    request = pb.GetPolicyRequest(policy_name=policy_name, version=version)
-    reply = yield from attempt(lambda timeout_s: Call("GetPolicy", request, timeout_s), deadline, should_retry)
+    def make_call(timeout_s: float) -> Call:
+        # Who waits for minutes should not wait half of them for one answer.
+        return Call("GetPolicy", request, min(timeout_s, options.timeout_s))
+
+    request = pb.GetPolicyRequest(policy_name=options.policy_name, version=options.version)
+    reply = yield from attempt(make_call, deadline, noticing(should_retry, on_wait))
     return ServedPolicy.from_wire(reply)

@@ -18,13 +18,13 @@ from tenuto_client.errors import (
     TenutoError,
     UnexpectedReplyError,
 )
-from tenuto_client.options import PolicyOptions
+from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.results import StepResult, Timings
-from tenuto_client.retry import Deadline, attempt, is_transient
+from tenuto_client.retry import Deadline, attempt, is_transient, noticing
 from tenuto_client.served import ServedPolicy, find_policy
 from tenuto_proto.v1 import policy_pb2 as pb
 
-CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 1.0
 """Closing is a courtesy, the server ends an abandoned session by itself; so it never waits long."""
 _log = logging.getLogger(__name__)
 
@@ -50,11 +50,17 @@ def open_request(options: PolicyOptions, policy_name: str, session_id: int, row:
     )
 
 
+def connect_deadline(options: PolicyOptions, known: ServedPolicy | None) -> tuple[Deadline, bool]:
+    """Return until when to connect, and whether to wait for the policy: only the first connection does."""
+    wait_s = options.wait_for_policy_s if known is None else 0.0
+    return options.timing.deadline(wait_s or options.timeout_s), wait_s > 0
+
+
 def refresh_policy(
-    options: PolicyOptions, known: ServedPolicy | None, deadline: Deadline, *, wait: bool
+    options: PolicyOptions, known: ServedPolicy | None, deadline: Deadline, *, wait: bool, on_wait: OnWait = None
 ) -> Program[ServedPolicy]:
     """Find the policy (again). Raises SpaceMismatchError where it is no longer the known one."""
-    found = yield from find_policy(options.policy_name, options.version, deadline, wait=wait)
+    found = yield from find_policy(options, deadline, wait=wait, on_wait=on_wait)
     if known is not None and not found.has_spaces_of(known):
         raise SpaceMismatchError(f"policy {found.policy_name!r}: its spaces have changed since it was first used")
     return found
@@ -88,6 +94,8 @@ class Session:
         """0: no session is open."""
         self.step_index = 0
         """Of the next step."""
+        self._opening = 0
+        """The id of a session that the server has perhaps opened, though nobody heard of it; 0: none."""
         self._server_epoch = 0
         self._begins_next = True
         self._gone: TenutoError | None = None
@@ -99,10 +107,10 @@ class Session:
         """Mark that the next step begins an episode."""
         self._begins_next = True
 
-    def connect(self) -> Program[ServedPolicy]:
+    def connect(self, on_wait: OnWait = None) -> Program[ServedPolicy]:
         """Find the policy and open a session, if there is none."""
         with self._alone():
-            return (yield from self._connect())
+            return (yield from self._connect(on_wait))
 
     def step(self, observation: Any, episode_start: bool, reward: float | None) -> Program[StepResult]:
         """Apply one observation exactly once and return the action, see RemotePolicy.step."""
@@ -128,25 +136,34 @@ class Session:
     def close(self, reward: float | None) -> Program[None]:
         """End the session. Raises nothing where the server cannot be reached: it ends the session when it is idle."""
         with self._alone():
+            if not self.session_id:
+                self.session_id, self._opening, reward = self._opening, 0, None
             yield from self._abandon(reward)
 
-    def _connect(self) -> Program[ServedPolicy]:
+    def _connect(self, on_wait: OnWait = None) -> Program[ServedPolicy]:
         if not self.session_id:
-            options = self.options
-            # Only the first connection waits for the server to come up.
-            wait_s = options.wait_for_policy_s if self.served is None else 0.0
-            deadline = options.timing.deadline(max(options.timeout_s, wait_s))
-            yield from self._open(deadline, wait=wait_s > 0)
+            deadline, wait = connect_deadline(self.options, self.served)
+            yield from self._open(deadline, wait=wait, on_wait=on_wait)
         assert self.served is not None
         return self.served
 
-    def _open(self, deadline: Deadline, *, wait: bool) -> Program[None]:
-        self.served = yield from refresh_policy(self.options, self.served, deadline, wait=wait)
+    def _open(self, deadline: Deadline, *, wait: bool, on_wait: OnWait = None) -> Program[None]:
+        self.served = yield from refresh_policy(self.options, self.served, deadline, wait=wait, on_wait=on_wait)
         session_id = self.options.timing.rng.randrange(1, 2**64)
         request = open_request(self.options, self.served.policy_name, session_id)
-        reply: pb.OpenSessionResponse = yield from attempt(
-            lambda timeout_s: Call("OpenSession", request, timeout_s, session_id), deadline, may_open_later
-        )
+        # Known before it is sent: whatever interrupts this program, close() ends the session.
+        self._opening = session_id
+        try:
+            reply: pb.OpenSessionResponse = yield from attempt(
+                lambda timeout_s: Call("OpenSession", request, timeout_s, session_id),
+                deadline,
+                noticing(may_open_later, on_wait),
+            )
+        except TenutoError as error:
+            if not error.outcome_unknown:
+                self._opening = 0
+            raise
+        self._opening = 0
         self.session_id, self._server_epoch = session_id, reply.server_epoch
         self.step_index, self._pending, self._gone, self._begins_next = 0, None, None, True
 

@@ -6,7 +6,8 @@ Row i is environment i. N numbers the environments everywhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isnan
 from typing import Any, cast
 
 import numpy as np
@@ -22,13 +23,14 @@ from tenuto_client.errors import (
     UnexpectedReplyError,
     error_from_message,
 )
-from tenuto_client.options import PolicyOptions
+from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.results import VectorStepResult
-from tenuto_client.retry import Deadline, attempt_all, is_ambiguous, is_transient
+from tenuto_client.retry import Deadline, attempt_all, is_ambiguous, is_transient, noticing
 from tenuto_client.served import ServedPolicy
 from tenuto_client.session import (
     CLOSE_TIMEOUT_S,
     OneAtATime,
+    connect_deadline,
     may_open_later,
     needs_new_session,
     open_request,
@@ -53,6 +55,8 @@ class SessionRows:
         """0: no session is open."""
         self.step_indices = np.zeros(num_envs, np.uint64)
         """Of the next steps."""
+        self._opening: set[int] = set()
+        """Ids of sessions that the server has perhaps opened, though nobody heard of them."""
         self._server_epoch = 0
         self._begins_next = np.ones(num_envs, np.bool_)
         self._gone: Errors = {}
@@ -65,10 +69,10 @@ class SessionRows:
         """Mark that the next step of these rows (None: of all) begins an episode."""
         self._begins_next[slice(None) if rows is None else list(rows)] = True
 
-    def connect(self) -> Program[ServedPolicy]:
+    def connect(self, on_wait: OnWait = None) -> Program[ServedPolicy]:
         """Find the policy and open the sessions that are missing; all or none."""
         with self._alone():
-            return (yield from self._connect(np.arange(self.num_envs)))
+            return (yield from self._connect(np.arange(self.num_envs), on_wait))
 
     def step(
         self,
@@ -104,6 +108,8 @@ class SessionRows:
         with self._alone():
             earned = self._column("rewards", rewards, np.float32, np.nan)
             yield from self._abandon(np.flatnonzero(self.session_ids).tolist(), earned)
+            opening, self._opening = list(self._opening), set()
+            yield from self._close_sessions(opening, {})
 
     def _column(self, name: str, value: ArrayLike | None, dtype: type[Any], default: Any) -> NDArray[Any]:
         column = np.full(self.num_envs, default, dtype) if value is None else np.array(value, dtype)
@@ -113,14 +119,11 @@ class SessionRows:
 
     # ------------------------------------------------------------------------------------------ opening and closing
 
-    def _connect(self, rows: Rows) -> Program[ServedPolicy]:
+    def _connect(self, rows: Rows, on_wait: OnWait = None) -> Program[ServedPolicy]:
         missing = rows[self.session_ids[rows] == 0].tolist()
         if self.served is None or missing:
-            options = self.options
-            # Only the first connection waits for the server to come up.
-            wait_s = options.wait_for_policy_s if self.served is None else 0.0
-            deadline = options.timing.deadline(max(options.timeout_s, wait_s))
-            errors = yield from self._open(missing, deadline, may_open_later, wait=wait_s > 0)
+            deadline, wait = connect_deadline(self.options, self.served)
+            errors = yield from self._open(missing, deadline, may_open_later, wait=wait, on_wait=on_wait)
             if errors:
                 yield from self._abandon(missing, np.full(self.num_envs, np.nan, np.float32))
                 raise next(iter(errors.values()))
@@ -128,19 +131,31 @@ class SessionRows:
         return self.served
 
     def _open(
-        self, rows: Sequence[int], deadline: Deadline, should_retry: Callable[[TenutoError], bool], *, wait: bool
+        self,
+        rows: Sequence[int],
+        deadline: Deadline,
+        should_retry: Callable[[TenutoError], bool],
+        *,
+        wait: bool,
+        on_wait: OnWait = None,
     ) -> Program[Errors]:
         """Open sessions for rows that have none. Raises only what finding the policy raises."""
-        served = self.served = yield from refresh_policy(self.options, self.served, deadline, wait=wait)
+        served = self.served = yield from refresh_policy(
+            self.options, self.served, deadline, wait=wait, on_wait=on_wait
+        )
         ids = {row: self.options.timing.rng.randrange(1, 2**64) for row in rows}
 
         def make_call(row: int, timeout_s: float) -> Call:
             request = open_request(self.options, served.policy_name, ids[row], row)
             return Call("OpenSession", request, timeout_s, ids[row])
 
-        outcomes = yield from attempt_all(make_call, rows, deadline, should_retry)
+        # Known before they are sent: whatever interrupts this program, close() ends the sessions.
+        self._opening.update(ids.values())
+        outcomes = yield from attempt_all(make_call, rows, deadline, noticing(should_retry, on_wait))
         errors: Errors = {}
         for row, outcome in outcomes.items():
+            if not (isinstance(outcome, TenutoError) and outcome.outcome_unknown):
+                self._opening.discard(ids[row])
             if isinstance(outcome, TenutoError):
                 errors[row] = outcome
                 continue
@@ -151,19 +166,24 @@ class SessionRows:
         return errors
 
     def _abandon(self, rows: Sequence[int], rewards: NDArray[np.float32]) -> Program[None]:
-        ids = {row: int(self.session_ids[row]) for row in rows if self.session_ids[row]}
-        self.session_ids[list(ids)] = 0
+        rows = [row for row in rows if self.session_ids[row]]
+        ids: list[int] = self.session_ids[rows].tolist()
+        self.session_ids[rows] = 0
+        earned = dict(zip(ids, rewards[rows].tolist(), strict=True))
+        yield from self._close_sessions(ids, {i: reward for i, reward in earned.items() if not isnan(reward)})
+
+    def _close_sessions(self, session_ids: Sequence[int], rewards: Mapping[int, float]) -> Program[None]:
+        """``rewards``: by session id, where they are known. Raises nothing."""
         deadline = self.options.timing.deadline(min(self.options.timeout_s, CLOSE_TIMEOUT_S))
 
-        def make_call(row: int, timeout_s: float) -> Call:
-            reward = None if np.isnan(rewards[row]) else float(rewards[row])
-            request = pb.CloseSessionRequest(session_id=ids[row], reward=reward)
-            return Call("CloseSession", request, timeout_s, ids[row])
+        def make_call(session_id: int, timeout_s: float) -> Call:
+            request = pb.CloseSessionRequest(session_id=session_id, reward=rewards.get(session_id))
+            return Call("CloseSession", request, timeout_s, session_id)
 
-        outcomes = yield from attempt_all(make_call, list(ids), deadline)
-        for row, outcome in outcomes.items():
+        outcomes = yield from attempt_all(make_call, session_ids, deadline)
+        for session_id, outcome in outcomes.items():
             if isinstance(outcome, TenutoError):
-                _log.debug("closing session %d: %s", ids[row], outcome)
+                _log.debug("closing session %d: %s", session_id, outcome)
 
     def _renew(self, batch: ObservationBatch, rows: Sequence[int], deadline: Deadline) -> Program[Errors]:
         """Open sessions for rows that have none and begin an episode; the running episodes of the others are lost."""

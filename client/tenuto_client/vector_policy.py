@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from tenuto_client.aio_transport import AioTransport
 from tenuto_client.errors import TenutoError
-from tenuto_client.options import PolicyOptions
+from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.results import VectorStepResult
 from tenuto_client.served import ServedPolicy
 from tenuto_client.session_rows import SessionRows
@@ -58,9 +58,12 @@ class RemoteVectorPolicy:
         """N."""
         return self._rows.num_envs
 
-    def connect(self) -> ServedPolicy:
-        """Find the policy and open N sessions now rather than with the first step. Repeating it does nothing."""
-        return self._transport.run(self._rows.connect())
+    def connect(self, on_wait: OnWait = None) -> ServedPolicy:
+        """Find the policy and open N sessions now rather than with the first step. Repeating it does nothing.
+
+        ``on_wait`` is told each error that is waited out, see ``wait_for_policy_s``.
+        """
+        return self._transport.run(self._rows.connect(on_wait))
 
     @property
     def served(self) -> ServedPolicy:
@@ -158,9 +161,9 @@ class AsyncRemoteVectorPolicy:
         """N."""
         return self._rows.num_envs
 
-    async def connect(self) -> ServedPolicy:
+    async def connect(self, on_wait: OnWait = None) -> ServedPolicy:
         """As RemoteVectorPolicy.connect."""
-        return await self._transport.run(self._rows.connect())
+        return await self._transport.run(self._rows.connect(on_wait))
 
     @property
     def served(self) -> ServedPolicy:

@@ -28,7 +28,7 @@ try:
     RemotePolicy("127.0.0.1:1", timeout_s=0.1).connect()
 except ServerUnavailableError:
     pass
-space = pb.Space(discrete=pb.DiscreteSpace(n=2, dtype=pb.INT64))
+space = pb.Space(discrete=pb.DiscreteSpace(n=2, dtype=pb.DATA_TYPE_INT64))
 policy = ServedPolicy.from_wire(pb.GetPolicyResponse(observation_space=space, action_space=space))
 for read in (policy.observation_space, policy.action_space):
     try:

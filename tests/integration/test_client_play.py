@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,60 @@ def test_a_signal_ends_the_game_cleanly(server: ServerProcess, number: signal.Si
     assert (playing.returncode, err) == (0, "")
     assert " steps; step p50 " in out
     assert not sessions(server)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("awaited", ["server", "policy"])
+def test_a_signal_ends_waiting_at_once(server: ServerProcess, number: signal.Signals, awaited: str) -> None:
+    address = "127.0.0.1:1" if awaited == "server" else server.address
+    arguments = command("--env", ENV, "--server", address, "--policy", "nope")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as playing:
+        assert playing.stdout is not None
+        note = playing.stdout.readline()
+        expected = "waiting for a server at 127.0.0.1:1 (" if awaited == "server" else "waiting for policy 'nope'; "
+        assert note.startswith(expected) and "at most 30 s" in note
+        playing.send_signal(number)
+        began_s = time.monotonic()
+        out, err = playing.communicate(timeout=60)
+    assert (playing.returncode, out, err) == (0, "stopped before the first step\n", "")
+    assert time.monotonic() - began_s < 3.0
+
+
+def test_a_signal_ends_a_step_that_gets_no_answer(tmp_path: Path) -> None:
+    env = tenuto_envs.make(ENV)
+    publish(tmp_path, small_policy("dnc", env.observation_space, env.action_space), "memory")
+    with ServerProcess(tmp_path) as server:
+        arguments = command("--env", ENV, "--server", server.address, "--episodes", "0", "--timeout-s", "60")
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as playing:
+            wait_until(lambda: any(s.next_step_index > 5 for s in sessions(server)), "the game to begin")
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                playing.send_signal(signal.SIGINT)
+                began_s = time.monotonic()
+                out, err = playing.communicate(timeout=60)
+                waited_s = time.monotonic() - began_s
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+        assert (playing.returncode, err) == (0, "")
+        assert " steps; step p50 " in out
+        assert waited_s < 5.0
+
+
+def test_what_was_played_is_summed_up_also_where_the_server_goes_away(tmp_path: Path) -> None:
+    env = tenuto_envs.make(ENV)
+    publish(tmp_path, small_policy("dnc", env.observation_space, env.action_space), "memory")
+    with ServerProcess(tmp_path) as server:
+        arguments = command("--env", ENV, "--server", server.address, "--episodes", "0", "--wait-s", "0.5",
+                            "--timeout-s", "1")  # fmt: skip
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as playing:
+            wait_until(lambda: any(s.next_step_index > 200 for s in sessions(server)), "episodes to end")
+            server.process.kill()
+            out, err = playing.communicate(timeout=60)
+    assert playing.returncode == 1
+    header, row, total = out.splitlines()[-3:]
+    assert header.split() == ["version", "episodes", "mean", "return", "spread"]
+    assert row.split()[0] == "1" and int(row.split()[1]) > 0 and " steps; step p50 " in total
+    assert err.startswith("tenuto-play: server 127.0.0.1:") and "did not come back within 0.5 s" in err
 
 
 @pytest.mark.parametrize(

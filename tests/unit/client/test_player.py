@@ -204,6 +204,28 @@ def test_patience_begins_anew_after_the_server_was_back() -> None:
     assert len(world.notes.notes) == 2
 
 
+def test_patience_counts_from_when_the_server_was_last_seen() -> None:
+    world = World(2, num_episodes=2, patience_s=1.2)
+    down: dict[int, TenutoError] = {0: unavailable()}
+    # Row 1 is served meanwhile; only when it has finished does nobody see the server any more.
+    world.policy.script = [down] * 100
+    with pytest.raises(ServerUnavailableError, match=r"within 1\.2 s"):
+        world.play()
+    assert world.player.statistics.num_episodes == 1
+    assert 1.2 < world.now_s < 2.0
+
+
+def test_a_draining_server_is_waited_for_longer_than_one_that_is_gone() -> None:
+    world = World(patience_s=1.2)
+    drains: list[dict[int, TenutoError]] = [{0: draining()} for _ in range(20)]
+    gone: list[dict[int, TenutoError]] = [{0: unavailable()} for _ in range(100)]
+    world.policy.script = drains + gone
+    with pytest.raises(ServerUnavailableError, match=r"did not come back within 1\.2 s"):
+        world.play()
+    # 20 answers half a second apart, and then its patience.
+    assert 9.5 + 1.2 < world.now_s < 9.5 + 2.5
+
+
 def test_a_refusal_ends_the_game() -> None:
     world = World(2)
     world.policy.script = [{1: refusal(pb.OBSERVATION_NOT_FINITE, grpc.StatusCode.INVALID_ARGUMENT)}]

@@ -32,6 +32,7 @@ from tenuto_client import (
     SessionUnknownError,
     SpaceMismatchError,
     StepIndexError,
+    TenutoError,
     UnexpectedReplyError,
 )
 from tenuto_client.session import Session
@@ -266,6 +267,28 @@ def test_a_server_that_never_comes_up_is_unavailable(outside: Outside) -> None:
     with pytest.raises(ServerUnavailableError, match="gave up after"):
         outside.drive(Session(outside.options(wait_for_policy_s=20.0)).connect())
     assert 15 < outside.now_s - began_s <= 20
+
+
+def test_waiting_for_a_policy_ends_when_it_should_and_says_what_it_waits_for(outside: Outside) -> None:
+    outside.scripts["GetPolicy"] = [unavailable()] * 3 + [refusal(pb.POLICY_UNKNOWN, grpc.StatusCode.NOT_FOUND)] * 1000
+    waited: list[TenutoError] = []
+    began_s = outside.now_s
+    with pytest.raises(PolicyUnknownError):
+        outside.drive(Session(outside.options(wait_for_policy_s=3.0, timeout_s=5.0)).connect(waited.append))
+    assert outside.now_s - began_s <= 3.0
+    assert [type(error) for error in waited[:4]] == [ServerUnavailableError] * 3 + [PolicyUnknownError]
+
+
+def test_closing_ends_a_session_whose_opening_was_interrupted(outside: Outside) -> None:
+    session = Session(outside.options())
+    program = session.connect()
+    program.send([outside.faultless(next(program).calls[0])])
+    program.close()
+    outside.drive(session.close(1.0))
+    [request] = outside.sent("CloseSession")
+    assert request.session_id and not request.HasField("reward")
+    outside.drive(session.close(None))
+    assert len(outside.sent("CloseSession")) == 1
 
 
 def test_a_full_server_is_reported_at_once(outside: Outside) -> None:

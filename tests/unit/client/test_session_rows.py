@@ -266,6 +266,18 @@ def test_opening_all_sessions_or_none(outside: Outside) -> None:
     assert len(outside.sent("CloseSession")) == 2 and not rows.session_ids.any()
 
 
+def test_closing_ends_sessions_whose_opening_was_interrupted(outside: Outside) -> None:
+    rows = SessionRows(outside.options(), 2)
+    program = rows.connect()
+    [call] = next(program).calls
+    opening = program.send([outside.faultless(call)])
+    program.close()
+    outside.drive(rows.close(np.ones(2)))
+    assert {r.session_id for r in outside.sent("CloseSession")} == {c.request.session_id for c in opening.calls}
+    outside.drive(rows.close(None))
+    assert len(outside.sent("CloseSession")) == 2
+
+
 def test_closing_sends_the_rewards_that_are_known(outside: Outside) -> None:
     rows = started(outside)
     outside.drive(rows.close([1.0, np.nan, 3.0]))
