@@ -13,6 +13,15 @@ RECENT_STEPS = 2000
 SPEED_WINDOW_S = 5.0
 
 
+LINE_WIDTH = 80
+"""Of the terminals that people have."""
+
+
+def short(number: float, num_digits: int) -> str:
+    """Return a number with so many digits; with more only where they stand before the point."""
+    return f"{number:.{max(num_digits - len(str(int(abs(number)))), 0)}f}"
+
+
 @dataclass
 class Returns:
     """Count, mean and spread of episode returns, without keeping them (Welford)."""
@@ -82,15 +91,16 @@ class PlayStatistics:
         return float(np.percentile(self._latencies_s, percent)) * 1000 if self._latencies_s else 0.0
 
     def line(self, now_s: float) -> str:
-        """Return one line for people."""
+        """Return one line for people, of at most LINE_WIDTH characters; the return is of the recent episodes."""
         recent = self._recent_returns
-        mean = f"{sum(recent) / len(recent):.3f}" if recent else "-"
-        away = f"  waiting {self.num_away}" if self.num_away else ""
+        mean = short(sum(recent) / len(recent), 4) if recent else "-"
+        latency = f"p50 {short(self.latency_ms(50), 3)} p99 {short(self.latency_ms(99), 3)} ms"
+        # Who waits does not ask how fast it was before.
+        end = f"{self.num_away} waiting" if self.num_away else latency
         return (
-            f"episodes {self.num_episodes}  return {mean} (last {len(recent)})  {self.steps_per_s(now_s):.0f} steps/s  "
-            f"version {self.version or '-'}  step p50 {self.latency_ms(50):.2f} ms  "
-            f"p99 {self.latency_ms(99):.2f} ms{away}"
-        )
+            f"episodes {self.num_episodes}  return {mean}  {self.steps_per_s(now_s):.0f} steps/s  "
+            f"version {self.version or '-'}  {end}"
+        )[:LINE_WIDTH]
 
     def summary(self) -> list[str]:
         """Return the lines that end a run."""

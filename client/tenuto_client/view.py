@@ -64,9 +64,12 @@ class LiveView:
 
     def update(self, line: Callable[[], str]) -> None:
         """See View."""
+        from rich.text import Text
+
         if self._clock() >= self._next_s:
             self._next_s = self._clock() + LIVE_LINE_EVERY_S
-            self._live.update(line())
+            # On one line also where the terminal is narrower.
+            self._live.update(Text(line(), no_wrap=True, overflow="ellipsis"))
 
     def note(self, text: str) -> None:
         """See View."""

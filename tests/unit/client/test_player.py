@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import grpc
@@ -9,6 +10,8 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from rich.console import Console
+from rich.live import Live
 
 from scripted import draining, refusal, unavailable
 from tenuto_client import (
@@ -22,6 +25,8 @@ from tenuto_client import (
     VectorStepResult,
 )
 from tenuto_client.player import Player
+from tenuto_client.statistics import PlayStatistics
+from tenuto_client.view import LiveView
 from tenuto_proto.v1 import policy_pb2 as pb
 
 LENGTH = 3
@@ -247,5 +252,27 @@ def test_the_line_tells_speed_latency_and_who_waits() -> None:
     world = World(num_episodes=1)
     world.play()
     # A round trip is two looks at the clock apart.
-    assert world.notes.lines[-1].startswith("episodes 1  return 6.000 (last 1)  ")
-    assert world.notes.lines[-1].endswith("version 1  step p50 1.00 ms  p99 1.00 ms")
+    assert world.notes.lines[-1].startswith("episodes 1  return 6.000  ")
+    assert world.notes.lines[-1].endswith(" steps/s  version 1  p50 1.00 p99 1.00 ms")
+    world.player.statistics.num_away = 3
+    assert world.player.statistics.line(1.0).endswith("  version 1  3 waiting")
+
+
+@pytest.mark.parametrize("num_away", [0, 128])
+@pytest.mark.parametrize("episode_return", [0.0, -0.12345, -9999.9, 12345.6])
+def test_the_line_fits_a_terminal_also_after_a_long_game(num_away: int, episode_return: float) -> None:
+    statistics = PlayStatistics(num_away=num_away)
+    for count in range(10_000):
+        statistics.add_episode(9999, episode_return)
+        statistics.add_step(count * 0.005, 0.0999 if count % 10 else 1.2346, 256, 9999)
+    line = statistics.line(50.0)
+    assert len(line) <= 80
+    assert line.startswith("episodes 10000  return ") and line.endswith("128 waiting" if num_away else " ms")
+
+
+def test_the_live_line_never_wraps() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=20, force_terminal=True)
+    with LiveView(Live("", console=console, auto_refresh=False), clock=lambda: 1.0) as view:
+        view.update(lambda: "episodes 1  return 6.000  12345 steps/s")
+    assert "episodes 1  return …\n" in out.getvalue() and "steps" not in out.getvalue()
