@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import signal
 import subprocess
@@ -48,6 +50,14 @@ def small_policy(
 
 def publish(repository: Path, policy: Policy, name: str = "policy", version: int | None = None) -> Path:
     return checkpoint.write(repository, name, policy, TrainingProgress(), version)
+
+
+def edit_manifest(version: Path, **changes: Any) -> None:
+    """Change a manifest and make its own checksum right again, as a careful forger would."""
+    manifest = json.loads((version / "manifest.json").read_text()) | changes
+    rest = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
+    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    (version / "manifest.json").write_text(json.dumps(manifest))
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:

@@ -6,8 +6,10 @@ The only thing that the trainer and the server share. :func:`write` makes a vers
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -52,6 +54,16 @@ class TrainingProgress:
     best_return: float | None = None
     """Best return_mean of the run so far, this version included."""
 
+    def __post_init__(self) -> None:
+        for name in ("env_steps", "iteration"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 2**63:
+                raise ConfigError(f"training.{name}: got {value!r}, expected a whole number that is not negative")
+        for name in ("return_mean", "best_return"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ConfigError(f"training.{name}: got {value!r}, expected a finite number or null")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -80,6 +92,8 @@ def write(
     folder = repository / policy_name
     folder.mkdir(parents=True, exist_ok=True)
     version = version if version is not None else max(versions(folder), default=0) + 1
+    if not _VERSION.fullmatch(str(version)):
+        raise CheckpointError(f"version: got {version}, expected a number from 1 to 18 digits")
     target = folder / str(version)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -118,7 +132,7 @@ def read(folder: Path) -> Checkpoint:
     """Load one version strictly. Raises CheckpointError naming the first thing that is wrong; executes nothing."""
     manifest = _read_manifest(folder)
     try:
-        payload = (folder / WEIGHTS).read_bytes()
+        payload = _read_file(folder / WEIGHTS)
     except OSError as error:
         raise CheckpointError(f"{folder}: {WEIGHTS} cannot be read ({error.strerror})") from error
     digest = hashlib.sha256(payload).hexdigest()
@@ -137,7 +151,7 @@ def read(folder: Path) -> Checkpoint:
             outline = _build(manifest)
         _require_fit(folder, outline.state_dict(), weights)
         policy = _build(manifest)
-    except (ConfigError, TypeError, RuntimeError) as error:
+    except (ConfigError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     spec = _spec_to_json(policy.state_spec)
     if manifest["state_spec"] != spec or manifest["state_fingerprint"] != policy.state_fingerprint:
@@ -171,16 +185,16 @@ def _progress_of_versions(folder: Path) -> Iterator[TrainingProgress]:
     for version in versions(folder):
         try:
             yield TrainingProgress(**_read_manifest(folder / str(version))["training"])
-        except (CheckpointError, TypeError):
+        except (CheckpointError, ConfigError, TypeError):
             continue  # A version that no server would load has no say in what is best.
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(_read_file(folder / MANIFEST))
     except OSError as error:
         raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} is not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         got = manifest.get("format_version") if isinstance(manifest, dict) else type(manifest).__name__
@@ -231,6 +245,12 @@ def _spec_to_json(spec: StateSpec) -> list[dict[str, Any]]:
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
     rest = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read_file(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
 
 
 def _write_synced(path: Path, payload: bytes) -> None:

@@ -87,10 +87,11 @@ class Gaussian:
         self.num_logits = 2 * self.num_uniforms
         low, high = (torch.tensor(b, dtype=torch.float64).flatten() for b in (space.low, space.high))
         bounded = torch.isfinite(low) & torch.isfinite(high)
-        self._scale = torch.where(bounded, (high - low) / 2, torch.ones_like(low)).float()
-        self._shift = torch.where(bounded, (high + low) / 2, torch.zeros_like(low)).float()
-        self._low, self._high = low.float(), high.float()
+        # Halved first: the width of a Box may be beyond the largest float.
+        self._scale = torch.where(bounded, high / 2 - low / 2, torch.ones_like(low))
+        self._shift = torch.where(bounded, high / 2 + low / 2, torch.zeros_like(low))
         self.dtype = torch.from_numpy(np.empty(0, dtype=space.dtype)).dtype
+        self._low, self._high = low.to(self.dtype), high.to(self.dtype)
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """``mean + exp(log_std) Φ⁻¹(u)``."""
@@ -110,9 +111,10 @@ class Gaussian:
     def to_space(self, raw: Tensor) -> Tensor:
         """Scale to the bounds, clip, and take the space's shape and dtype."""
         device = raw.device
-        scaled = raw * self._scale.to(device) + self._shift.to(device)
-        clipped = scaled.clamp(self._low.to(device), self._high.to(device))
-        return clipped.to(self.dtype).view(-1, *self.shape)
+        scaled = raw.double() * self._scale.to(device) + self._shift.to(device)
+        # Clipped in the space's own dtype, in which its bounds are exact.
+        clipped = scaled.to(self.dtype).clamp(self._low.to(device), self._high.to(device))
+        return clipped.view(-1, *self.shape)
 
 
 def distribution_for(space: spaces.Space[Any]) -> ActionDistribution:

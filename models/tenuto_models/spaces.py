@@ -68,7 +68,7 @@ def from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
         if kind == "Dict":
             return spaces.Dict({k: from_json(s) for k, s in data["spaces"].items()})
     except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"space: got {dict(data)!r}, which is not a valid description ({error})") from error
+        raise ConfigError(f"space: got {data!r}, which is not a valid description ({error})") from error
     raise ConfigError(f"space type: got {kind!r}, expected Box, Discrete, MultiDiscrete, MultiBinary, Tuple or Dict")
 
 

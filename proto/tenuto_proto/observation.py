@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenuto_proto.errors import WireError
-from tenuto_proto.tensors import DTYPES, WIRE_DTYPES, array_from_wire, array_to_wire
+from tenuto_proto.tensors import DTYPES, MAX_DIMENSIONS, WIRE_DTYPES, array_from_wire, array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 
 Rows = dict[str, NDArray[Any]]
 """Leaf name -> ``[N, *shape]``."""
 ROOT = "observation"
+_FLOAT32_MAX = np.finfo(np.float32).max
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,21 @@ class Leaf:
     def refused_rows(self, rows: NDArray[Any]) -> dict[int, WireError]:
         """Which rows ``[N, *shape]`` hold NaN or infinity, or are not in the space: row -> error."""
         inside = (rows >= self.low) & (rows <= self.high)
-        finite = np.isfinite(rows) if self.dtype.kind == "f" else inside
+        # Finite as float32, which the policy computes in.
+        finite = np.abs(rows) <= _FLOAT32_MAX if self.dtype.kind == "f" else inside
         if inside.all() and finite.all():
             return {}
         refused: dict[int, WireError] = {}
-        for row in np.flatnonzero(~(inside & finite).reshape(len(rows), -1).all(axis=1)).tolist():
-            reason, expected = pb.OBSERVATION_OUT_OF_SPACE, _range(self)
-            if self.dtype.kind == "f" and not finite[row].all():
-                reason, expected = pb.OBSERVATION_NOT_FINITE, "finite numbers"
-            got = np.array2string(rows[row], threshold=8)
-            refused[row] = WireError(reason, f"observation {self.name!r}: got {got}, expected {expected}")
+        bad = ~(inside & finite).reshape(len(rows), -1)
+        flat, low, high = rows.reshape(len(rows), -1), self.low.ravel(), self.high.ravel()
+        for row in np.flatnonzero(bad.any(axis=1)).tolist():
+            element = int(np.argmax(bad[row]))
+            got, bounds = flat[row, element], f"{low[element]}..{high[element]}"
+            reason, expected = pb.OBSERVATION_OUT_OF_SPACE, bounds
+            if self.dtype.kind == "f" and not abs(got) <= _FLOAT32_MAX:
+                reason, expected = pb.OBSERVATION_NOT_FINITE, "a finite float32"
+            message = f"observation {self.name!r} element {element}: got {got}, expected {expected}"
+            refused[row] = WireError(reason, message)
         return refused
 
 
@@ -75,6 +81,12 @@ class ObservationCodec:
         self.leaves = tuple(_leaves(space, ()))
         self.flat_size = sum(leaf.flat_size for leaf in self.leaves)
         self._by_name = {leaf.name: leaf for leaf in self.leaves}
+        if len(self._by_name) != len(self.leaves):
+            names = [leaf.name for leaf in self.leaves]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise WireError(
+                pb.OBSERVATION_FIELDS, f"space: got several leaves named {twice}, expected one of each name"
+            )
         self._children: dict[tuple[str | int, ...], set[str | int]] = {}
         for leaf in self.leaves:
             for depth, part in enumerate(leaf.path):
@@ -135,13 +147,14 @@ class ObservationCodec:
                 raise WireError(
                     pb.OBSERVATION_DTYPE, f"observation {leaf.name!r} dtype: got {got}, expected {leaf.dtype}"
                 )
-            array = array_from_wire(named.tensor)
             lead = () if num_rows is None else (num_rows,)
-            if array.shape != lead + leaf.shape:
+            # Compared before anything is computed from it: a client may claim any shape.
+            if len(named.tensor.shape) != len(lead + leaf.shape) or tuple(named.tensor.shape) != lead + leaf.shape:
+                got = f"{tuple(named.tensor.shape[:MAX_DIMENSIONS])}, {len(named.tensor.shape)} dimensions"
                 raise WireError(
-                    pb.OBSERVATION_SHAPE,
-                    f"observation {leaf.name!r} shape: got {array.shape}, expected {lead + leaf.shape}",
+                    pb.OBSERVATION_SHAPE, f"observation {leaf.name!r} shape: got {got}, expected {lead + leaf.shape}"
                 )
+            array = array_from_wire(named.tensor)
             given[leaf.name] = array if lead else array[None]
         if len(given) != len(self.leaves):
             missing = sorted(self._by_name.keys() - given.keys())
@@ -222,9 +235,3 @@ def _at(
 def _is_integral(value: NDArray[Any], leaf: Leaf) -> bool:
     """Signed and unsigned integers and booleans may stand for each other; whether the values fit is checked after."""
     return value.dtype.kind in "iub" and leaf.dtype.kind in "iub"
-
-
-def _range(leaf: Leaf) -> str:
-    if leaf.low.size and np.all(leaf.low == leaf.low.flat[0]) and np.all(leaf.high == leaf.high.flat[0]):
-        return f"{leaf.low.flat[0]}..{leaf.high.flat[0]}"
-    return f"{np.array2string(leaf.low, threshold=8)}..{np.array2string(leaf.high, threshold=8)}"

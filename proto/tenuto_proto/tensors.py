@@ -15,6 +15,8 @@ from tenuto_proto.v1 import policy_pb2 as pb
 _NAMES = {value: name.removeprefix("DATA_TYPE_").lower() for name, value in pb.DataType.items() if value != 0}
 DTYPES: dict[int, np.dtype[Any]] = {value: np.dtype(name) for value, name in _NAMES.items()}
 WIRE_DTYPES: dict[np.dtype[Any], pb.DataType] = {dtype: cast(pb.DataType, value) for value, dtype in DTYPES.items()}
+MAX_DIMENSIONS = 32
+"""Of a tensor on the wire; more would make its size a very long number."""
 _SWAP = sys.byteorder == "big"
 
 
@@ -36,6 +38,10 @@ def array_from_wire(tensor: pb.Tensor) -> NDArray[Any]:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         raise WireError(pb.OBSERVATION_DTYPE, f"dtype: got {tensor.dtype}, expected one of {sorted(DTYPES)}")
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise WireError(
+            pb.OBSERVATION_SHAPE, f"shape: got {len(tensor.shape)} dimensions, expected at most {MAX_DIMENSIONS}"
+        )
     shape = tuple(tensor.shape)
     expected = prod(shape) * dtype.itemsize
     if len(tensor.data) != expected:
@@ -43,5 +49,8 @@ def array_from_wire(tensor: pb.Tensor) -> NDArray[Any]:
             pb.OBSERVATION_SHAPE,
             f"data: got {len(tensor.data)} bytes, expected {expected} for {dtype} of shape {shape}",
         )
-    array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    try:
+        array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    except ValueError as error:  # No elements, but a dimension beyond what an array can have.
+        raise WireError(pb.OBSERVATION_SHAPE, f"shape: got {shape}, which no array can have") from error
     return array.byteswap() if _SWAP else array

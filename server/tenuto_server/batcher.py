@@ -109,20 +109,16 @@ class BatchQueue:
         """When the next batch should close: the past when it is full, None when nothing waits."""
         if not self._lanes:
             return None
-        lane = self._oldest_lane()
-        rows = 0
-        for ticket in lane:
-            rows += ticket.num_rows
-            if rows >= self.max_batch:
-                return float("-inf")
-        return lane[0].enqueued_s + self.max_wait_s
+        lane = self._next_lane()
+        return float("-inf") if self._is_full(lane) else lane[0].enqueued_s + self.max_wait_s
 
     def take(self, now_s: float) -> tuple[Batch, list[Ticket]]:
-        """Take the checkpoint whose first ticket waits longest, and of its tickets, in order, as many as fit.
+        """Take the checkpoint whose first ticket waits longest, one with a full batch before the others, and of its
+        tickets, in order, as many as fit.
 
         Tickets that are too late are taken out too and returned beside the batch, which may then be empty.
         """
-        lane = self._oldest_lane()
+        lane = self._next_lane()
         batch, late = Batch(lane[0].checkpoint, taken_s=now_s), list[Ticket]()
         while lane and batch.num_rows + lane[0].num_rows <= self.max_batch:
             ticket = lane.popleft()
@@ -142,8 +138,18 @@ class BatchQueue:
         self.num_rows = 0
         return tickets
 
-    def _oldest_lane(self) -> deque[Ticket]:
-        return min(self._lanes.values(), key=lambda lane: lane[0].enqueued_s)
+    def _next_lane(self) -> deque[Ticket]:
+        if self.max_wait_s == 0:  # Then nothing waits for company, and the oldest comes first.
+            return min(self._lanes.values(), key=lambda lane: lane[0].enqueued_s)
+        return min(self._lanes.values(), key=lambda lane: (not self._is_full(lane), lane[0].enqueued_s))
+
+    def _is_full(self, lane: deque[Ticket]) -> bool:
+        rows = 0
+        for ticket in lane:
+            rows += ticket.num_rows
+            if rows >= self.max_batch:
+                return True
+        return False
 
     def _forget(self, ticket: Ticket, lane: deque[Ticket]) -> None:
         self.num_rows -= ticket.num_rows
@@ -237,12 +243,16 @@ class Batcher(Generic[R]):
     def _finish(self, batch: Batch, result: R | None, error: BaseException | None) -> None:
         assert self._running is batch
         self._running = None
+        if error is None and result is not None:
+            try:
+                self._commit(batch, result)
+            except Exception as caught:  # noqa: BLE001 (whatever it was, the waiters must hear of it)
+                error = caught
         if error is not None or result is None:
             log.error("a batch of %d rows failed", batch.num_rows, exc_info=error)
             for ticket in batch.tickets:
                 self._fail(ticket, Refusal(pb.COMPUTE_FAILED, "the forward pass failed; the step was not applied"))
         else:
-            self._commit(batch, result)
             for ticket in batch.tickets:
                 self._settle(ticket, None)
         self._dispatch()
@@ -254,7 +264,10 @@ class Batcher(Generic[R]):
             self._fail(ticket, Refusal(pb.QUEUE_TIMEOUT, message))
 
     def _fail(self, ticket: Ticket, refusal: Refusal) -> None:
-        self._abandon(ticket)
+        try:
+            self._abandon(ticket)
+        except Exception:
+            log.exception("a ticket could not be taken back")
         self._settle(ticket, refusal)
 
     def _settle(self, ticket: Ticket, refusal: Refusal | None) -> None:

@@ -81,7 +81,7 @@ class StepResults:
     logits: NDArray[np.float32]
     """[n, K]"""
     finite: NDArray[np.bool_]
-    """Rows whose logits and value are finite; the others were not applied."""
+    """Rows whose logits, value and log-probability are finite; the others were not applied."""
     station_s: dict[str, float]
     """Seconds spent in gather, run and scatter."""
 
@@ -124,10 +124,12 @@ class Engine:
         def done(result: T | None, error: BaseException | None) -> None:
             if future.cancelled():
                 return
-            if error is None:
+            try:
+                if error is not None:
+                    raise error
                 future.set_result(then(cast("T", result)))
-            else:
-                future.set_exception(error)
+            except BaseException as caught:  # noqa: BLE001 (handed to the caller whatever it is)
+                future.set_exception(caught)
 
         self.submit(job, done)
         return await future
@@ -166,7 +168,7 @@ class Engine:
         greedy = deterministic.view(-1, 1)
         raw = torch.where(greedy, distribution.greedy(output.logits), distribution.sample(output.logits, draws))
         actions, log_probs = distribution.to_space(raw), distribution.log_prob(output.logits, raw)
-        finite = torch.isfinite(output.logits).all(dim=1) & torch.isfinite(output.value)
+        finite = torch.isfinite(output.logits).all(dim=1) & torch.isfinite(output.value + log_probs)
 
         ran = time.perf_counter()
         checkpoint.pool.require_current(rows.slots, rows.generations)

@@ -33,6 +33,9 @@ _CODES: dict[int, grpc.StatusCode] = {
 """Reasons that are not here are faults of the request: INVALID_ARGUMENT."""
 
 
+_MAX_TEXT = 500
+
+
 class ServerError(Exception):
     """Base of every error that the server raises on purpose."""
 
@@ -45,7 +48,8 @@ class Refusal(ServerError):
     """A request, or a row, that is not carried out. Nothing changed."""
 
     def __init__(self, reason: int, message: str, metadata: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
+        # Some texts quote the request; gRPC refuses to send long ones.
+        super().__init__(message if len(message) <= _MAX_TEXT else message[:_MAX_TEXT] + "…")
         self.reason = reason
         self.metadata = dict(metadata or {})
 

@@ -145,6 +145,7 @@ class Server:
                     log.info("dropped version %d of policy %s: no session needs it", version, policy.name)
                 self.metrics.versions_held.labels(policy.name).set(len(policy.versions))
             self.stepper.batcher.expire()
+            self.metrics.queued_rows.set(self.stepper.batcher.queue.num_rows)
             await asyncio.sleep(_SWEEP_S)
 
     async def _set_health(self, *, serving: bool) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from watchfiles import awatch
 
 from tenuto_models import CheckpointError, checkpoint
+from tenuto_proto import WireError
 from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import MismatchError, PolicyRegistry, ServedPolicy
@@ -54,8 +55,8 @@ class Reloader:
     async def _scan_safely(self) -> None:
         try:
             await self.scan()
-        except OSError as error:
-            log.error("cannot look into the repository, it is tried again: %s", error)
+        except Exception:
+            log.exception("could not look through the repository; it is tried again")
 
     async def scan(self) -> None:
         """Load the newest sound version of every policy that is newer than the one in service."""
@@ -78,9 +79,12 @@ class Reloader:
             policy = self._registry.get(name)
             first = policy is None
             if policy is None:
-                policy = ServedPolicy(loaded, self._engine, self._capacity, self._epoch)
+                policy = await self._engine.call(
+                    lambda: ServedPolicy(loaded, self._engine, self._capacity, self._epoch)
+                )
             served = await self._engine.call(lambda: policy.prepare(loaded, self._engine))
-        except (CheckpointError, MismatchError) as error:
+            await self._warm(served, self_test=first)
+        except (CheckpointError, MismatchError, WireError) as error:
             self._refused[name, version] = form
             self._metrics.checkpoints.labels(name, "refused").inc()
             log.warning("refused version %d of policy %s: %s", version, name, error)
@@ -90,7 +94,6 @@ class Reloader:
             self._metrics.checkpoints.labels(name, "failed").inc()
             log.exception("could not load version %d of policy %s", version, name)
             return False
-        await self._warm(served, self_test=first)
         policy.versions[version] = served
         if first:
             self._registry.add(policy)
@@ -125,7 +128,10 @@ class Reloader:
 def _form(folder: Path) -> object:
     """What tells a changed folder from the one that was refused."""
     found: list[tuple[str, int, int]] = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        stat = path.stat()
-        found.append((path.name, stat.st_size, stat.st_mtime_ns))
+    try:
+        for path in sorted(folder.iterdir()):
+            stat = path.lstat()
+            found.append((path.name, stat.st_size, stat.st_mtime_ns))
+    except OSError as error:
+        return str(error)
     return found

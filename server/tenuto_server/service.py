@@ -21,6 +21,7 @@ from tenuto_proto.errors import STATUS_DETAILS_KEY, encode_status
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
 from tenuto_server.arena import Slots
+from tenuto_server.batcher import Ticket
 from tenuto_server.engine import Engine
 from tenuto_server.errors import Refusal
 from tenuto_server.metrics import Metrics
@@ -29,7 +30,9 @@ from tenuto_server.sessions import SessionOptions
 from tenuto_server.stepper import StepColumns, Stepper
 
 log = logging.getLogger(__name__)
-MAX_STREAM_REQUESTS = 64
+_MAX_INLINE_FLOATS = 65_536
+"""Flattened floats of a request that are checked on the event loop: some hundred microseconds."""
+MAX_STREAM_REQUESTS = 32
 """Requests of one stream that are under way at once; the server reads no further until one is answered."""
 
 
@@ -87,10 +90,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         ended = sessions.ended(request.session_id)
         if ended is None or ended.reason != pb.SESSION_CLOSED:
             slot = sessions.find(request.session_id)
+            under_way: Ticket | None = sessions.ticket[slot]
             if request.HasField("reward") and math.isfinite(request.reward):
                 for version, episode_return in sessions.credit_last(slot, request.reward):
                     self._metrics.observe_return(policy.name, version, episode_return)
             ended = self.end_session(policy, slot, pb.SESSION_CLOSED)
+            if under_way is not None:
+                await under_way.join()
+                ended = sessions.ended(request.session_id) or ended
         return pb.CloseSessionResponse(num_steps=ended.num_steps, num_episodes=ended.num_episodes)
 
     def end_session(self, policy: ServedPolicy, slot: int, reason: int) -> Any:
@@ -162,15 +169,15 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         """Advance one session: a batch of one row, answered with a status of its own."""
         began_s = self._clock()
         policy = self._policy_of(request.session_id)
-        rows = policy.codec.unpack(request.observation, None)
-        for error in policy.codec.refused_rows(rows).values():
-            raise error
+        flat, refused = await _checked(policy, request.observation, None)
+        for refusal in refused.values():
+            raise refusal
         columns = StepColumns(
             np.array([request.session_id], np.uint64),
             np.array([request.step_index], np.uint64),
             np.array([request.episode_start], np.bool_),
             np.array([request.reward if request.HasField("reward") else np.nan], np.float32),
-            policy.codec.flatten(rows),
+            flat,
             {},
         )
         self._metrics.station["check"].observe(self._clock() - began_s)
@@ -255,8 +262,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             return self._reply_batch(
                 request, None, np.zeros(n, np.int64), {r: self._unknown(int(i)) for r, i in enumerate(ids)}
             )
-        rows = policy.codec.unpack(request.observations, n)
-        refused = {row: as_refusal(error) for row, error in policy.codec.refused_rows(rows).items()}
+        flat, refused = await _checked(policy, request.observations, n)
         if len(self._registry) > 1:
             refused |= self._rows_of_others(policy, ids)
         columns = StepColumns(
@@ -264,7 +270,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             np.array(request.step_indices, np.uint64),
             np.array(request.episode_starts, np.bool_) if request.episode_starts else np.zeros(n, np.bool_),
             np.array(request.rewards, np.float32) if request.rewards else np.full(n, np.nan, np.float32),
-            policy.codec.flatten(rows, refused),
+            flat,
             refused,
         )
         self._metrics.station["check"].observe(self._clock() - began_s)
@@ -339,6 +345,21 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         now_s = self._clock()
         self._metrics.station["reply"].observe(now_s - replied_s)
         self._metrics.step_seconds.labels(rpc).observe(now_s - began_s)
+
+
+async def _checked(
+    policy: ServedPolicy, tensors: Sequence[pb.NamedTensor], num_rows: int | None
+) -> tuple[NDArray[np.float32], dict[int, Refusal]]:
+    """Check and flatten observations: ``(float32 [n, O], refused rows)``; large ones on a thread, not on the loop."""
+
+    def check() -> tuple[NDArray[np.float32], dict[int, Refusal]]:
+        rows = policy.codec.unpack(tensors, num_rows)
+        refused = {row: as_refusal(error) for row, error in policy.codec.refused_rows(rows).items()}
+        return policy.codec.flatten(rows, refused), refused
+
+    if policy.codec.flat_size * (num_rows or 1) <= _MAX_INLINE_FLOATS:
+        return check()
+    return await asyncio.to_thread(check)
 
 
 def _timings(policy: ServedPolicy, slots: Slots) -> pb.Timings:

@@ -149,12 +149,8 @@ class SessionTable:
 
     def end(self, slot: int, reason: int) -> Ended:
         """End a session. Its slot is free at once, or, while a step of it is under way, after that step."""
-        session_id = int(self.session_id[slot])
-        ended = Ended(reason, int(self.next_index[slot]), int(self.num_episodes[slot]))
-        del self._slots[session_id]
-        self._ended[session_id] = ended
-        if len(self._ended) > MAX_REMEMBERED:
-            self._ended.popitem(last=False)
+        del self._slots[int(self.session_id[slot])]
+        ended = self._remember(slot, reason)
         if self.busy[slot]:
             self.closing[slot] = True
         else:
@@ -292,7 +288,16 @@ class SessionTable:
         self.last_active_s[slots] = now_s
         for slot in slots[self.closing[slots]].tolist():
             self.closing[slot] = False
+            self._remember(slot, pb.SESSION_CLOSED)
             self.pool.release(slot)
+
+    def _remember(self, slot: int, reason: int) -> Ended:
+        """Note how a session ended, with its counts as they are now."""
+        ended = Ended(reason, int(self.next_index[slot]), int(self.num_episodes[slot]))
+        self._ended[int(self.session_id[slot])] = ended
+        if len(self._ended) > MAX_REMEMBERED:
+            self._ended.popitem(last=False)
+        return ended
 
     def _refuse_unknown(self, session_id: int) -> Refusal:
         ended = self._ended.get(session_id)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
-from tenuto_server.batcher import Batch, Batcher, BatchQueue, Ticket
+from tenuto_server.batcher import Batch, Batcher, BatchQueue, Ticket, TicketState
 from tenuto_server.engine import Engine, ServedVersion, StepResults, StepRows
 from tenuto_server.errors import Refusal
 from tenuto_server.metrics import Metrics
@@ -67,21 +67,30 @@ class Stepper:
         )
         self._metrics.station["admit"].observe(self._clock() - began_s)
         submitted = self._submit(policy, columns, admission, began_s, timeout_s)
-        waits = [(ticket, ticket.join()) for ticket in (*(t for t, _ in submitted), *admission.joined.values())]
+        own = [(ticket, ticket.join()) for ticket, _ in submitted]
+        others = [(ticket, ticket.join()) for ticket in admission.joined.values()]
         try:
-            for _, settled in waits:
+            for _, settled in own:
                 await settled
+            if others:
+                # What others submitted has a deadline of theirs; this request does not wait longer than its own.
+                remaining_s = max(0.0, began_s + timeout_s - self._clock())
+                await asyncio.wait({settled for _, settled in others}, timeout=remaining_s)
         except asyncio.CancelledError:
             self._metrics.cancelled.inc()
-            for ticket, waiter in waits:
-                self.batcher.leave(ticket, waiter)
             raise
+        finally:
+            for ticket, settled in (*own, *others):
+                self.batcher.leave(ticket, settled)
         failed = dict(admission.refused)
         for ticket, rows in submitted:
             if ticket.refusal is not None:
                 failed.update(dict.fromkeys(rows.tolist(), ticket.refusal))
             failed.update({int(rows[i]): refusal for i, refusal in ticket.refused.items()})
-        failed.update({row: t.refusal for row, t in admission.joined.items() if t.refusal is not None})
+        for row, ticket in admission.joined.items():
+            refusal = _refusal_of_slot(ticket, int(admission.slots[row]))
+            if refusal is not None:
+                failed[row] = refusal
         for row in policy.replies.overtaken(columns.session_ids, columns.step_indices, admission.slots):
             message = (
                 f"session {columns.session_ids[row]}: the reply was overtaken by a later step or the session's end"
@@ -173,3 +182,11 @@ class Stepper:
         policy = self._registry.get(checkpoint.policy_name)
         assert policy is not None, "a policy never leaves the registry"
         return policy
+
+
+def _refusal_of_slot(ticket: Ticket, slot: int) -> Refusal | None:
+    """Why the ticket's row of this slot was not applied, or is not yet; None where it was."""
+    if ticket.state is not TicketState.DONE:
+        return Refusal(pb.STEP_IN_FLIGHT, "the step is still under way; send it again to go on waiting")
+    (position,) = np.flatnonzero(cast("StepRows", ticket.rows).slots == slot)
+    return ticket.refusal or ticket.refused.get(int(position))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gymnasium import spaces
 
-from serving import ServerProcess, publish, small_policy, wait_until
+from serving import ServerProcess, edit_manifest, publish, small_policy, wait_until
 from tenuto_proto import array_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.service import MAX_STREAM_REQUESTS
 from wire import WireSession, batch, observations, refused, replay
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -98,7 +101,10 @@ def overwrite(path: Path, start: int, payload: bytes) -> None:
         file.write(payload)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "tampered", "incomplete", "other spaces", "other state"])
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "tampered", "incomplete", "other spaces", "other state", "dangling link", "pipe", "negative steps"],
+)
 def test_a_bad_version_is_refused_counted_named_and_the_old_one_goes_on(
     own_server: ServerProcess, repository: Path, tmp_path_factory: pytest.TempPathFactory, kind: str
 ) -> None:
@@ -114,6 +120,14 @@ def test_a_bad_version_is_refused_counted_named_and_the_old_one_goes_on(
         overwrite(weights, weights.stat().st_size - 8, b"\x01")
     elif kind == "incomplete":
         weights.unlink()
+    elif kind == "dangling link":
+        weights.unlink()
+        weights.symlink_to("nowhere")
+    elif kind == "pipe":
+        (folder / "manifest.json").unlink()
+        os.mkfifo(folder / "manifest.json")
+    elif kind == "negative steps":
+        edit_manifest(folder, training={"env_steps": -1, "iteration": 0, "return_mean": None, "best_return": None})
     running = session(own_server)
     running.step(observations(1)[0])
     folder.rename(repository / "policy" / "2")
@@ -196,7 +210,7 @@ def test_an_idle_session_expires_with_its_own_reason(own_server: ServerProcess) 
 
 
 # A batch of two rows runs at once; a lone row waits for company for a minute: what is queued stays queued.
-WAITING = ("--max-batch", "2", "--max-wait-ms", "60000")
+WAITING = ("--max-batch", "2", "--max-wait-ms", "600000", "--queue-timeout-s", "600")
 
 
 @with_flags(*WAITING)
@@ -264,10 +278,66 @@ def test_closing_a_session_with_a_waiting_step_answers_the_step_first(own_server
     one, other = session(own_server), session(own_server)
     waiting = own_server.stub.Step.future(one.request(observations(1)[0]))
     wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
-    own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=one.id))
+    closing = own_server.stub.CloseSession.future(pb.CloseSessionRequest(session_id=one.id))
+    wait_until(lambda: own_server.metric('tenuto_sessions{policy="policy"}') == 1, "the session to end")
     assert refused(own_server.stub.Step, one.request(observations(1)[0]))[1] == "SESSION_CLOSED"
+    assert not closing.done()
     other.step(observations(1)[0])
     assert waiting.result(10).version == 1
+    closed = own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=one.id))
+    assert closing.result(10) == closed and (closed.num_steps, closed.num_episodes) == (1, 1)
+
+
+@with_flags(*WAITING)
+def test_a_request_that_joins_a_step_does_not_wait_longer_than_its_own_limit(own_server: ServerProcess) -> None:
+    one = session(own_server)
+    waiting = own_server.stub.Step.future(one.request(observations(1)[0]))
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
+    (error,) = own_server.stub.StepBatch(batch([one], observations(1), queue_timeout_ms=50)).errors
+    assert error.error.reason == pb.STEP_IN_FLIGHT and not waiting.done()
+    waiting.cancel()
+
+
+@with_flags(*WAITING)
+def test_a_stream_that_is_left_drops_what_waits(own_server: ServerProcess) -> None:
+    one, held = session(own_server), threading.Event()
+
+    def requests() -> Iterator[pb.StepBatchRequest]:
+        yield batch([one], observations(1))
+        held.wait(60)
+
+    call = own_server.stub.StepStream(requests())
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
+    call.cancel()
+    held.set()
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == 0, "the step to be dropped")
+    assert steps_taken(own_server, one.id) == 0
+
+
+@with_flags("--max-batch", "256", "--max-wait-ms", "600000", "--queue-timeout-s", "600")
+def test_a_stream_is_read_no_further_than_its_limit(own_server: ServerProcess) -> None:
+    sessions, held = [session(own_server) for _ in range(MAX_STREAM_REQUESTS + 10)], threading.Event()
+
+    def requests() -> Iterator[pb.StepBatchRequest]:
+        yield from (batch([one], observations(1)) for one in sessions)
+        held.wait(60)
+
+    call = own_server.stub.StepStream(requests())
+    wait_until(lambda: own_server.metric("tenuto_queued_rows") == MAX_STREAM_REQUESTS, "the stream to fill up")
+    for one in sessions:  # Time enough for a server that would read on.
+        own_server.stub.InspectSession(pb.InspectSessionRequest(session_id=one.id))
+    assert own_server.metric("tenuto_queued_rows") == MAX_STREAM_REQUESTS
+    call.cancel()
+    held.set()
+
+
+@with_flags("--capacity", "1")
+def test_a_session_that_takes_over_a_slot_shows_nothing_of_the_one_before(own_server: ServerProcess) -> None:
+    first = session(own_server)
+    first.step(observations(1)[0])
+    assert any(tensor.any() for tensor in first.state().values())
+    own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=first.id))
+    assert not any(tensor.any() for tensor in session(own_server).state().values())
 
 
 # ---------------------------------------------------------------------------------------------- drain

@@ -91,7 +91,7 @@ class PolicyServiceServicer(object):
         """Leases a slot for a session. Codes: NOT_FOUND (POLICY_UNKNOWN, VERSION_UNKNOWN), ALREADY_EXISTS (SESSION_EXISTS),
         RESOURCE_EXHAUSTED (CAPACITY_REACHED), UNAVAILABLE (DRAINING).
         Safe to retry where the client brings the session_id: opening the same session again before its first step
-        returns the first reply.
+        returns the first reply, but for the version, which is always what an episode begun now would use.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

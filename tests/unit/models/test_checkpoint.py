@@ -14,7 +14,7 @@ import torch
 from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 
-from serving import small_policy
+from serving import edit_manifest, small_policy
 from tenuto_models import CheckpointError, TrainingProgress, checkpoint
 
 
@@ -94,14 +94,6 @@ def test_the_best_return_is_that_of_the_readable_manifests(tmp_path: Path, versi
 # ------------------------------------------------------------------------------------------ refused
 
 
-def edit_manifest(version: Path, **changes: Any) -> None:
-    """Change a manifest and make its own checksum right again, as a careful forger would."""
-    manifest = json.loads((version / "manifest.json").read_text()) | changes
-    rest = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
-    manifest["manifest_sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    (version / "manifest.json").write_text(json.dumps(manifest))
-
-
 def edit_weights(version: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     weights = load_file(version / "weights.safetensors")
     change(weights)
@@ -135,6 +127,7 @@ def config_with(version: Path, **changes: Any) -> dict[str, Any]:
     return json.loads((version / "manifest.json").read_text())["config"] | changes
 
 
+PROGRESS = {"env_steps": 1, "iteration": 1, "return_mean": None, "best_return": None}
 SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda v: (v / "weights.safetensors").unlink(), "cannot be read"),
     "no manifest": (lambda v: (v / "manifest.json").unlink(), "cannot be read"),
@@ -163,6 +156,14 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other state": (lambda v: edit_manifest(v, state_fingerprint="0" * 64), "state_spec: got"),
     "other flattening": (lambda v: edit_manifest(v, flattening="mine"), "flattening: got 'mine'"),
     "bad space": (lambda v: edit_manifest(v, action_space={"type": "Text"}), "space type: got 'Text'"),
+    "negative progress": (lambda v: edit_manifest(v, training={**PROGRESS, "env_steps": -1}), "env_steps: got -1"),
+    "text progress": (
+        lambda v: edit_manifest(v, training={**PROGRESS, "return_mean": "high"}),
+        "return_mean: got 'high'",
+    ),
+    "space a word": (lambda v: edit_manifest(v, observation_space="abc"), "space: got 'abc'"),
+    "deep manifest": (lambda v: (v / "manifest.json").write_text("[" * 100_000), "is not JSON"),
+    "manifest a folder": (lambda v: ((v / "manifest.json").unlink(), (v / "manifest.json").mkdir()), "cannot be read"),
     "bad progress": (lambda v: edit_manifest(v, training={"steps": 1}), "steps"),
 }
 

@@ -145,6 +145,8 @@ def test_positional_embedding_has_no_limit_and_stays_exact() -> None:
         (spaces.Box(-2, 2, (2,)), 4),
         (spaces.Box(np.array([-1, -np.inf], np.float32), np.array([3, np.inf], np.float32)), 4),
         (spaces.Box(0, 1, (2, 2), np.float64), 8),
+        (spaces.Box(-0.1, 0.1, (3,), np.float64), 6),
+        (spaces.Box(-1e300, 1e300, (1,), np.float64), 2),
     ],
 )
 def test_every_action_space_gets_actions_that_it_contains(action_space: spaces.Space[Any], logits: int) -> None:

@@ -1,5 +1,6 @@
 """Any space of fixed size survives the wire, and its rows flatten exactly as gymnasium flattens them."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenuto_proto import ObservationCodec, WireError, space_from_wire, space_to_wire
+from tenuto_proto import ObservationCodec, WireError, array_from_wire, space_from_wire, space_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 
 LEAF_SPACES = st.one_of(
@@ -92,6 +93,24 @@ def test_values_outside_the_space_are_refused_row_by_row(observation: Any, reaso
     rows = {name: np.concatenate([good[name], bad[name], good[name]]) for name in good}
     refused = codec.refused_rows(rows)
     assert {row: error.reason for row, error in refused.items()} == {1: reason}
+
+
+def test_absurd_shapes_and_values_are_refused_without_being_computed() -> None:
+    codec = codec_of(spaces.Box(-np.inf, np.inf, (2,), np.float64))
+    for shape in ([2**32 - 1] * 100_000, [0, 2**32 - 1], [0] + [2**32 - 1] * 31, [1] * 70, [2, 1], []):
+        tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT64, shape=shape)
+        with pytest.raises(WireError) as caught:
+            codec.unpack([pb.NamedTensor(name="observation", tensor=tensor)], None)
+        assert caught.value.reason == pb.OBSERVATION_SHAPE and len(str(caught.value)) < 1000
+        with contextlib.suppress(WireError):  # An empty array of a strange shape is no error yet; nothing else may be.
+            array_from_wire(tensor)
+    (refused,) = codec.refused_rows(codec.unpack(codec.pack(np.array([0, 1e300])), None)).values()
+    assert refused.reason == pb.OBSERVATION_NOT_FINITE and "1e+300" in str(refused)
+
+
+def test_a_space_with_two_leaves_of_one_name_is_refused() -> None:
+    with pytest.raises(WireError, match="several leaves named"):
+        codec_of(spaces.Dict({"a/b": spaces.Discrete(2), "a": spaces.Dict({"b": spaces.Discrete(2)})}))
 
 
 def test_a_list_of_observations_is_not_taken_for_columns() -> None:

@@ -22,11 +22,12 @@ class Device:
         self.has_started = asyncio.Event()
         self.committed: list[Batch] = []
         self.abandoned: list[Ticket] = []
+        self.commit_error: Exception | None = None
         self.waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._done: Callable[[Any, Any], None] | None = None
         queue = BatchQueue(max_batch, max_wait_s, max_rows)
         self.batcher: Batcher[str] = Batcher(
-            queue, lambda: self.now_s, self._start, lambda b, _: self.committed.append(b), self.abandoned.append
+            queue, lambda: self.now_s, self._start, self._commit, self.abandoned.append
         )
 
     def _start(self, batch: Batch, done: Callable[[Any, Any], None]) -> None:
@@ -36,6 +37,11 @@ class Device:
         self.started.append(batch)
         self.has_started.set()
         self._done = done
+
+    def _commit(self, batch: Batch, result: str) -> None:
+        if self.commit_error is not None:
+            raise self.commit_error
+        self.committed.append(batch)
 
     def finish(self, error: Exception | None = None) -> None:
         done, self._done = self._done, None
@@ -136,6 +142,24 @@ async def test_a_failing_forward_rejects_its_waiters_and_nobody_else() -> None:
     assert reason(broken) == pb.COMPUTE_FAILED and device.abandoned == [broken]
     device.finish()
     assert device.answered(later) and [b.tickets for b in device.committed] == [[later]]
+
+
+async def test_a_commit_that_raises_leaves_no_waiter_hanging() -> None:
+    device = Device()
+    device.commit_error = RuntimeError("a fault of ours")
+    broken, later = device.submit(), device.submit()
+    device.finish()
+    assert reason(broken) == pb.COMPUTE_FAILED and device.waiters[broken].done()
+    device.commit_error = None
+    device.finish()
+    assert device.answered(later)
+
+
+async def test_a_full_batch_overtakes_one_that_waits_for_company() -> None:
+    device = Device(max_batch=4, max_wait_s=100.0)
+    device.submit(1, checkpoint="v1")
+    device.submit(4, checkpoint="v2")
+    assert [b.checkpoint for b in device.started] == ["v2"]
 
 
 async def test_a_batch_that_cannot_even_start_rejects_its_waiters() -> None:

@@ -111,6 +111,27 @@ def test_rows_without_finite_results_are_marked_and_not_stored(memory: str) -> N
     assert any(tensor.any() for tensor in bench.version.arena.read(2).values())
 
 
+@pytest.mark.parametrize("head", ["actor.2", "critic.2"])
+def test_neither_logits_nor_value_may_be_infinite(head: str) -> None:
+    bench = Bench("cpu", "frameconv")
+    layer: Any = bench.version.policy.get_submodule(head)
+    layer._bias.fill_(torch.inf)
+    results = bench.engine.run(bench.version, bench.rows([0], flat_observations(1), 0))
+    assert results.finite.tolist() == [False]
+
+
+async def test_what_fails_after_a_job_reaches_its_caller() -> None:
+    def fail(_: int) -> None:
+        raise LookupError("gone meanwhile")
+
+    engine = Engine(torch.device("cpu"), (4,))
+    with pytest.raises(LookupError, match="gone meanwhile"):
+        await engine.call_then(lambda: 1, fail)
+    with pytest.raises(ZeroDivisionError):
+        await engine.call(lambda: 1 // 0)
+    engine.close()
+
+
 def test_every_row_count_has_a_bucket_that_holds_it() -> None:
     engine = Engine(torch.device("cpu"), (4, 8, 16))
     assert [engine.bucket_for(n) for n in (1, 4, 5, 8, 9, 16)] == [4, 4, 8, 8, 16, 16]

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import SlotPool
 from tenuto_server.errors import Refusal
-from tenuto_server.sessions import Admission, SessionOptions, SessionTable
+from tenuto_server.sessions import Admission, ReplyStore, SessionOptions, SessionTable
 
 OPTIONS = SessionOptions(pinned_version=0, seed=1, deterministic=False)
 CAPACITY = 4
@@ -130,6 +130,21 @@ def test_rewards_belong_to_the_episode_of_the_action_before(table: SessionTable)
     for index, (start, reward) in enumerate([(True, 9.0), (False, 1.0), (True, 2.0), (False, np.nan), (True, np.nan)]):
         finished += commit(table, admit(table, [7], [index], newest=index + 1, starts=[start]), reward=reward)
     assert finished == [(1, 3.0)], "the second episode's rewards were never sent, so it has no return"
+
+
+@pytest.mark.parametrize("reward", [np.inf, -np.inf, np.nan])
+def test_a_reward_that_is_not_finite_is_not_known(table: SessionTable, reward: float) -> None:
+    table.open(7, OPTIONS, 0.0)
+    commit(table, admit(table, [7], [0]))
+    commit(table, admit(table, [7], [1]), reward=1.5)
+    assert commit(table, admit(table, [7], [2], starts=[True]), reward=reward) == [(1, 1.5)]
+
+
+def test_a_stored_reply_is_of_one_session_and_one_step() -> None:
+    replies = ReplyStore(CAPACITY, (), np.dtype(np.int64), 2)
+    replies.session_id[:2], replies.step_index[:2] = [7, 8], [3, 3]
+    ids, indices, slots = np.array([7, 8, 9, 7], np.uint64), np.array([3, 4, 3, 3], np.uint64), np.array([0, 1, 1, 0])
+    assert replies.overtaken(ids, indices, slots) == [1, 2]
 
 
 def test_a_row_refused_earlier_touches_no_session(table: SessionTable) -> None:
