@@ -6,8 +6,7 @@ Row i is environment i. N numbers the environments everywhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import isnan
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,23 +22,19 @@ from tenuto_client.errors import (
     UnexpectedReplyError,
     error_from_message,
 )
+from tenuto_client.open_rows import Errors, OpenRows
 from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.results import VectorStepResult
-from tenuto_client.retry import Deadline, attempt_all, is_ambiguous, is_transient, noticing
+from tenuto_client.retry import Deadline, is_ambiguous, is_transient
 from tenuto_client.served import ServedPolicy
 from tenuto_client.session import (
-    CLOSE_TIMEOUT_S,
     OneAtATime,
     connect_deadline,
     may_open_later,
     needs_new_session,
-    open_request,
-    refresh_policy,
 )
 from tenuto_proto.v1 import policy_pb2 as pb
 
-Errors = dict[int, TenutoError]
-"""Row -> why it failed."""
 _log = logging.getLogger(__name__)
 
 
@@ -50,20 +45,28 @@ class SessionRows:
         if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
             raise ValueError(f"num_envs: got {num_envs!r}, expected a whole number, at least 1")
         self.options, self.num_envs = options, int(num_envs)
-        self.served: ServedPolicy | None = None
-        self.session_ids = np.zeros(num_envs, np.uint64)
-        """0: no session is open."""
-        self.step_indices = np.zeros(num_envs, np.uint64)
-        """Of the next steps."""
-        self._opening: set[int] = set()
-        """Ids of sessions that the server has perhaps opened, though nobody heard of them."""
-        self._server_epoch = 0
+        self._open_rows = OpenRows(options, self.num_envs)
         self._begins_next = np.ones(num_envs, np.bool_)
         self._gone: Errors = {}
         self._pending: ObservationBatch | None = None
         self._is_pending = np.zeros(num_envs, np.bool_)
         """Rows of ``_pending`` that were sent, and perhaps applied."""
         self._alone = OneAtATime()
+
+    @property
+    def served(self) -> ServedPolicy | None:
+        """The policy, once it was found."""
+        return self._open_rows.served
+
+    @property
+    def session_ids(self) -> NDArray[np.uint64]:
+        """``[N]``; 0: no session is open."""
+        return self._open_rows.session_ids
+
+    @property
+    def step_indices(self) -> NDArray[np.uint64]:
+        """``[N]``: of the next steps."""
+        return self._open_rows.step_indices
 
     def reset(self, rows: Iterable[int] | None) -> None:
         """Mark that the next step of these rows (None: of all) begins an episode."""
@@ -107,9 +110,7 @@ class SessionRows:
         """End the sessions. Raises nothing where the server cannot be reached: it ends them when they are idle."""
         with self._alone():
             earned = self._column("rewards", rewards, np.float32, np.nan)
-            yield from self._abandon(np.flatnonzero(self.session_ids).tolist(), earned)
-            opening, self._opening = list(self._opening), set()
-            yield from self._close_sessions(opening, {})
+            yield from self._open_rows.close_all(earned)
 
     def _column(self, name: str, value: ArrayLike | None, dtype: type[Any], default: Any) -> NDArray[Any]:
         column = np.full(self.num_envs, default, dtype) if value is None else np.array(value, dtype)
@@ -117,7 +118,7 @@ class SessionRows:
             raise ValueError(f"{name}: got shape {column.shape}, expected {(self.num_envs,)}")
         return column
 
-    # ------------------------------------------------------------------------------------------ opening and closing
+    # -------------------------------------------------------------------------------------------------- connecting
 
     def _connect(self, rows: Rows, on_wait: OnWait = None) -> Program[ServedPolicy]:
         missing = rows[self.session_ids[rows] == 0].tolist()
@@ -125,7 +126,7 @@ class SessionRows:
             deadline, wait = connect_deadline(self.options, self.served)
             errors = yield from self._open(missing, deadline, may_open_later, wait=wait, on_wait=on_wait)
             if errors:
-                yield from self._abandon(missing, np.full(self.num_envs, np.nan, np.float32))
+                yield from self._open_rows.close(missing, np.full(self.num_envs, np.nan, np.float32))
                 raise next(iter(errors.values()))
         assert self.served is not None
         return self.served
@@ -140,50 +141,12 @@ class SessionRows:
         on_wait: OnWait = None,
     ) -> Program[Errors]:
         """Open sessions for rows that have none. Raises only what finding the policy raises."""
-        served = self.served = yield from refresh_policy(
-            self.options, self.served, deadline, wait=wait, on_wait=on_wait
-        )
-        ids = {row: self.options.timing.rng.randrange(1, 2**64) for row in rows}
-
-        def make_call(row: int, timeout_s: float) -> Call:
-            request = open_request(self.options, served.policy_name, ids[row], row)
-            return Call("OpenSession", request, timeout_s, ids[row])
-
-        # Known before they are sent: whatever interrupts this program, close() ends the sessions.
-        self._opening.update(ids.values())
-        outcomes = yield from attempt_all(make_call, rows, deadline, noticing(should_retry, on_wait))
-        errors: Errors = {}
-        for row, outcome in outcomes.items():
-            if not (isinstance(outcome, TenutoError) and outcome.outcome_unknown):
-                self._opening.discard(ids[row])
-            if isinstance(outcome, TenutoError):
-                errors[row] = outcome
-                continue
-            self.session_ids[row], self.step_indices[row] = ids[row], 0
-            self._begins_next[row], self._is_pending[row] = True, False
-            self._gone.pop(row, None)
-            self._server_epoch = outcome.server_epoch
+        errors = yield from self._open_rows.open(rows, deadline, should_retry, wait=wait, on_wait=on_wait)
+        for row in rows:
+            if row not in errors:
+                self._begins_next[row], self._is_pending[row] = True, False
+                self._gone.pop(row, None)
         return errors
-
-    def _abandon(self, rows: Sequence[int], rewards: NDArray[np.float32]) -> Program[None]:
-        rows = [row for row in rows if self.session_ids[row]]
-        ids: list[int] = self.session_ids[rows].tolist()
-        self.session_ids[rows] = 0
-        earned = dict(zip(ids, rewards[rows].tolist(), strict=True))
-        yield from self._close_sessions(ids, {i: reward for i, reward in earned.items() if not isnan(reward)})
-
-    def _close_sessions(self, session_ids: Sequence[int], rewards: Mapping[int, float]) -> Program[None]:
-        """``rewards``: by session id, where they are known. Raises nothing."""
-        deadline = self.options.timing.deadline(min(self.options.timeout_s, CLOSE_TIMEOUT_S))
-
-        def make_call(session_id: int, timeout_s: float) -> Call:
-            request = pb.CloseSessionRequest(session_id=session_id, reward=rewards.get(session_id))
-            return Call("CloseSession", request, timeout_s, session_id)
-
-        outcomes = yield from attempt_all(make_call, session_ids, deadline)
-        for session_id, outcome in outcomes.items():
-            if isinstance(outcome, TenutoError):
-                _log.debug("closing session %d: %s", session_id, outcome)
 
     def _renew(self, batch: ObservationBatch, rows: Sequence[int], deadline: Deadline) -> Program[Errors]:
         """Open sessions for rows that have none and begin an episode; the running episodes of the others are lost."""
@@ -244,7 +207,7 @@ class SessionRows:
             if renew:
                 _log.warning("%d sessions are replaced at an episode's start: %s", len(renew), failed[renew[0]])
                 replaced.update(renew)
-                yield from self._abandon(renew, batch.rewards)
+                yield from self._open_rows.close(renew, batch.rewards)
                 refused = yield from self._renew(batch, renew, deadline)
                 self._is_pending[renew], self._begins_next[renew], ambiguous[renew] = True, False, False
                 final.update(refused)
@@ -275,7 +238,7 @@ class SessionRows:
                 self.served.refuse_too_large(request)
         except MessageTooLargeError as error:
             return dict.fromkeys(cast("list[int]", rows.tolist()), error)
-        calls = [Call("StepBatch", request, timeout_s, 0, self._server_epoch) for request in requests]
+        calls = [Call("StepBatch", request, timeout_s, 0, self._open_rows.server_epoch) for request in requests]
         answers = yield Calls(tuple(calls))
         failed: Errors = {}
         for chunk, answer in zip(chunks, answers, strict=True):
@@ -294,7 +257,7 @@ class SessionRows:
                 if row_error.row >= len(rows):
                     raise UnexpectedReplyError(f"reply: got an error of row {row_error.row} of {len(rows)}")
                 good[row_error.row] = False
-                failed[int(rows[row_error.row])] = error_from_message(row_error.error, self._server_epoch)
+                failed[int(rows[row_error.row])] = error_from_message(row_error.error, self._open_rows.server_epoch)
             # Where no row was applied there may be no columns.
             if builder is not None and good.any():
                 builder.add(rows, good, reply, self.step_indices)
