@@ -112,7 +112,7 @@ def play(options: PlayOptions, statistics: PlayStatistics) -> None:
         timeout_s=options.timeout_s,
         wait_for_policy_s=options.wait_s,
     )
-    last_rewards: Any = None
+    final_rewards: Any = None
     try:
         with open_view() as view, stop.interrupts():
             # An environment that cannot be made is said before anybody waits for a server.
@@ -129,9 +129,9 @@ def play(options: PlayOptions, statistics: PlayStatistics) -> None:
             )
             player.play(view, stop)
             # Not after an interrupted step, which has perhaps carried them already.
-            last_rewards = player.last_rewards
+            final_rewards = player.final_rewards()
     finally:
-        policy.close(last_rewards)
+        policy.close(final_rewards)
         for env in envs:
             env.close()
         stop.restore()

@@ -83,7 +83,7 @@ class Player:
         self._active = np.zeros(n, np.bool_)
         self._starts = np.zeros(n, np.bool_)
         self.last_rewards = np.full(n, np.nan, np.float32)
-        """``[N]``: rewards of last actions that no step has carried yet."""
+        """``[N]``: rewards of last actions, for the next step to carry."""
         self._returns = np.zeros(n)
         self._away = np.zeros(n, np.bool_)
         """Rows that the server did not serve."""
@@ -91,6 +91,10 @@ class Player:
         """When the server last did something for this player, or said that it drains; when to ask it again."""
         for row in range(n):
             self._begin(row, None if seed is None else seed + row)
+
+    def final_rewards(self) -> NDArray[np.float32]:
+        """Rewards ``[N]`` to close the sessions with: of the actions that ended their episodes, NaN in mid-episode."""
+        return np.where(self._starts, self.last_rewards, np.float32(np.nan))
 
     def play(self, view: View, should_stop: Callable[[], bool] = lambda: False) -> PlayStatistics:
         """Play until enough episodes are finished or ``should_stop``. Raises TenutoError where that is not possible."""

@@ -218,14 +218,15 @@ def run(children: list[Child], console: Console) -> View:
     children.append(server)
     port, metrics_port = wait_for_ports(server)
     address, logs = f"127.0.0.1:{port}", str(FOLDER / "tensorboard")
-    trainer = Child(
-        "trainer",
-        ["tenuto-train", "--env", ENV, "--policy", POLICY, "--repository", repository, "--log-dir", logs, *TRAIN],
-    )
+    # They wait for the first version, so that it is played however soon the second follows.
     players = [
         Child(f"player-{i}", ["tenuto-play", "--env", ENV, "--server", address, "--episodes", "0", *flags])
         for i, flags in enumerate(PLAYERS, 1)
     ]
+    trainer = Child(
+        "trainer",
+        ["tenuto-train", "--env", ENV, "--policy", POLICY, "--repository", repository, "--log-dir", logs, *TRAIN],
+    )
     children += [trainer, *players]
     console.print(f"server on {address}, metrics on http://127.0.0.1:{metrics_port}/metrics, logs in {FOLDER}/")
 

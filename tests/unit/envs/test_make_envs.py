@@ -1,39 +1,16 @@
 import sys
 from typing import Any
 
-import gymnasium
 import numpy as np
 import popgym.envs
 import pytest
 from gymnasium import spaces
 
 import tenuto_envs
+from own_envs import Stub
 from tenuto_envs import ConformObservation, MissingPackageError, ObservationError, UnknownEnvError, make
 
 EASY = sorted(spec["id"] for spec in popgym.envs.ALL_EASY.values())
-
-
-class Stub(gymnasium.Env[Any, Any]):
-    """Emits what it is told to, over a space that it is told."""
-
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, space: spaces.Space[Any], observation: Any) -> None:
-        self.observation_space, self._observation = space, observation
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        return self._observation, {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        return self._observation, 0.0, False, False, {}
-
-
-def own() -> gymnasium.Env[Any, Any]:
-    return Stub(spaces.Discrete(3), 1)
-
-
-def not_an_env() -> int:
-    return 3
 
 
 @pytest.mark.parametrize("env_id", EASY)
@@ -59,7 +36,7 @@ def test_popgym_observation_carries_previous_action_and_first_step_flag():
 
 def test_gymnasium_and_own_environments_are_made_by_id():
     assert make("CartPole-v1").spec.id == "CartPole-v1"
-    assert make("test_make_envs:own").reset()[0] == 1
+    assert make("own_envs:own").reset()[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -70,8 +47,8 @@ def test_gymnasium_and_own_environments_are_made_by_id():
         ("CartPole-v99", "CartPole-v99"),
         ("", "got ''"),
         ("no_such_module:own", "no_such_module"),
-        ("test_make_envs:owm", "did you mean 'own'"),
-        ("test_make_envs:not_an_env", "returned int, expected a gymnasium.Env"),
+        ("own_envs:owm", "did you mean 'own'"),
+        ("own_envs:not_an_env", "returned int, expected a gymnasium.Env"),
     ],
 )
 def test_unknown_id_is_refused_with_close_matches(env_id: str, part: str):
