@@ -75,6 +75,9 @@ class CheckpointPublisher(RLlibCallback):
             best_return=max(known, default=None),
         )
         self._require_finite(algorithm, result)
+        if self._best_published == -math.inf and not math.isnan(measured):
+            # The first return was measured with the weights of the version that is published already.
+            self._best_published = measured
         if measured > self._best_published + self._publish_gain or iteration % self._publish_every == 0:
             self.publish(algorithm)
 

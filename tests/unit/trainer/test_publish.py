@@ -56,17 +56,18 @@ def test_untrained_policy_is_published_at_once_and_trained_ones_when_due(tmp_pat
         assert _same(first.policy.state_dict(), _weights(algorithm))
         assert first.training == TrainingProgress()
 
-        algorithm.train()  # The first return is better than none at all.
+        algorithm.train()  # Its return is that of the untrained policy.
+        assert publisher.version == 1
         algorithm.train()  # Due.
-        algorithm.train()  # Neither.
-        assert checkpoint.versions(tmp_path / "p") == [1, 2, 3]
-        assert publisher.version == 3
-        assert not _same(checkpoint.read(tmp_path / "p" / "3").policy.state_dict(), _weights(algorithm))
+        algorithm.train()  # Neither due nor better.
+        assert checkpoint.versions(tmp_path / "p") == [1, 2]
+        assert publisher.version == 2
+        assert not _same(checkpoint.read(tmp_path / "p" / "2").policy.state_dict(), _weights(algorithm))
 
         publisher.publish(algorithm)
         publisher.publish(algorithm)  # Nothing was trained in between.
-    assert checkpoint.versions(tmp_path / "p") == [1, 2, 3, 4]
-    last = checkpoint.read(tmp_path / "p" / "4")
+    assert checkpoint.versions(tmp_path / "p") == [1, 2, 3]
+    last = checkpoint.read(tmp_path / "p" / "3")
     assert _same(last.policy.state_dict(), _weights(algorithm))
     assert last.training == publisher.progress
     assert (last.training.env_steps, last.training.iteration) == (1536, 3)
@@ -76,19 +77,20 @@ def test_untrained_policy_is_published_at_once_and_trained_ones_when_due(tmp_pat
 
 def test_better_return_is_published_before_it_is_due(tmp_path: Path):
     with _algorithm(_config(tmp_path, publish_every=1000)) as (algorithm, publisher):
-        _report(publisher, algorithm, 1, 0.2)
-        assert publisher.version == 2
+        _report(publisher, algorithm, 1, 0.2)  # Of the untrained policy.
+        assert publisher.version == 1
         _report(publisher, algorithm, 2, 0.2)
         _report(publisher, algorithm, 3, float("nan"))  # No episode ended.
-        assert (publisher.version, publisher.progress.return_mean) == (2, 0.2)
+        assert (publisher.version, publisher.progress.return_mean) == (1, 0.2)
         _report(publisher, algorithm, 4, 0.5)
-        assert publisher.version == 3
+        assert publisher.version == 2
     assert checkpoint.best_return(tmp_path, "p") == 0.5
 
 
 def test_restarted_run_goes_on_and_does_not_republish_a_worse_best(tmp_path: Path):
     settings = _config(tmp_path, publish_every=1000)
     with _algorithm(settings) as (algorithm, publisher):
+        _report(publisher, algorithm, 3, 0.1)
         _report(publisher, algorithm, 4, 0.5)
         trained = _weights(algorithm)
     with _algorithm(replace(settings, seed=1)) as (algorithm, publisher):
@@ -156,5 +158,6 @@ def test_versions_of_another_kind_of_policy_are_refused(tmp_path: Path):
 def test_environments_may_be_stepped_by_a_process_of_their_own(tmp_path: Path):
     with _algorithm(_config(tmp_path, num_env_runners=1)) as (algorithm, publisher):
         algorithm.train()
+        publisher.publish(algorithm)
     assert publisher.progress.env_steps == 512
     assert checkpoint.versions(tmp_path / "p") == [1, 2]
