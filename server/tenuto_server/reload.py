@@ -40,8 +40,8 @@ class Reloader:
     async def watch(self, poll_s: float, stop: asyncio.Event) -> None:
         """Scan now, at every change of the repository and every ``poll_s`` seconds, until ``stop``."""
         await self._scan_safely()
-        # What is loaded by now lives as long as the process: without this, a full collection of garbage walks through all
-        # of it and makes the steps of that moment wait some 200 ms.
+        # What is loaded by now lives as long as the process: without this, a full collection of garbage walks through
+        # all of it and makes the steps of that moment wait some 200 ms.
         gc.collect()
         gc.freeze()
         self.has_scanned = True
