@@ -141,7 +141,7 @@ def batch_reply(request: pb.StepBatchRequest, errors: dict[int, TenutoError] | N
     for row, error in (errors or {}).items():
         assert error.code is not None
         reply.versions[row] = 0
-        reason = pb.ErrorReason.Value(error.reason)
+        reason = pb.ErrorReason.Value(error.reason) if error.reason else pb.ERROR_REASON_UNSPECIFIED
         wire = pb.Error(code=error.code.value[0], reason=reason, message=str(error), metadata=error.metadata)
         reply.errors.append(pb.RowError(row=row, error=wire))
     reply.actions.CopyFrom(array_to_wire(actions))

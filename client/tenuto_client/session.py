@@ -35,8 +35,15 @@ def may_open_later(error: TenutoError) -> bool:
 
 
 def needs_new_session(error: TenutoError) -> bool:
-    """Whether an episode that begins now should begin in a new session."""
-    return isinstance(error, (SessionGoneError, DrainingError))
+    """Whether an episode that begins now should begin in a new session: the old one is gone, or its server is about to
+    be, or nobody can say whether its last step was applied and asking again is of no use.
+    """
+    return isinstance(error, (SessionGoneError, DrainingError)) or is_stuck(error)
+
+
+def is_stuck(error: TenutoError) -> bool:
+    """Whether a step can be neither settled nor given up: every later step of its session would fail with it."""
+    return error.outcome_unknown and not is_transient(error)
 
 
 def open_request(options: PolicyOptions, policy_name: str, session_id: int, row: int = 0) -> pb.OpenSessionRequest:
@@ -123,9 +130,9 @@ class Session:
             deadline = self.options.timing.deadline(self.options.timeout_s)
             try:
                 reply = yield from self._deliver(tensors, begins, reward, deadline)
-            except (SessionGoneError, DrainingError) as error:
-                # The episode that begins takes nothing over from the lost session.
-                if not begins:
+            except TenutoError as error:
+                # The episode that begins takes nothing over from the session before.
+                if not (begins and needs_new_session(error)):
                     raise
                 _log.warning("session %d is replaced at an episode's start: %s", self.session_id, error)
                 yield from self._abandon(reward)

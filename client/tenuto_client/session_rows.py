@@ -30,6 +30,7 @@ from tenuto_client.served import ServedPolicy
 from tenuto_client.session import (
     OneAtATime,
     connect_deadline,
+    is_stuck,
     may_open_later,
     needs_new_session,
 )
@@ -173,6 +174,10 @@ class SessionRows:
             return {}, batch
         same = batch.equal_rows(pending) & (pending.starts | ~batch.starts)
         errors = yield from self._deliver(pending, rows[self._is_pending[rows] & ~same[rows]], deadline, None)
+        stuck = [row for row, error in errors.items() if batch.starts[row] and is_stuck(error)]
+        if stuck:
+            yield from self._open_rows.close(stuck, np.full(self.num_envs, np.nan, np.float32))
+            self._is_pending[stuck] = False
         # What begins now needs nothing of the session that failed.
         errors = {row: e for row, e in errors.items() if not (needs_new_session(e) and batch.starts[row])}
         return errors, batch.merged(pending, self._is_pending & same)

@@ -35,6 +35,7 @@ from tenuto_client import (
     TenutoError,
     UnexpectedReplyError,
 )
+from tenuto_client.errors import error_from_reason
 from tenuto_client.session import Session
 from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
@@ -155,6 +156,23 @@ def test_a_refusal_after_a_lost_reply_leaves_the_outcome_unknown(outside: Outsid
     outside.calls.clear()
     outside.drive(session.step(observation(mode=2), False, None))
     assert [s.step_index for s in outside.sent("Step")] == [1, 2]
+
+
+def test_a_step_that_can_never_be_settled_does_not_outlive_its_episode(outside: Outside) -> None:
+    """A server that answers one step with INTERNAL for ever: nobody knows whether it was applied."""
+    session = Session(outside.options())
+    outside.drive(session.step(observation(mode=0), True, None))
+    failure = error_from_reason(grpc.StatusCode.INTERNAL, 0, "internal error", {})
+    for _ in range(2):
+        outside.script = [failure]
+        with pytest.raises(TenutoError) as caught:
+            outside.drive(session.step(observation(mode=1), False, None))
+        assert caught.value.outcome_unknown
+    first_id = session.session_id
+    outside.script = [failure]
+    result = outside.drive(session.step(observation(mode=2), True, None))
+    assert (result.action, result.step_index) == (2, 0) and session.session_id != first_id
+    assert [request.session_id for request in outside.sent("CloseSession")] == [first_id]
 
 
 def test_an_interrupted_step_stays_pending(outside: Outside) -> None:

@@ -33,6 +33,7 @@ from tenuto_client import (
     UnexpectedReplyError,
     VectorStepResult,
 )
+from tenuto_client.errors import error_from_reason
 from tenuto_client.session_rows import SessionRows
 from tenuto_proto.v1 import policy_pb2 as pb
 
@@ -172,6 +173,20 @@ def test_after_a_timeout_each_row_repeats_or_first_completes_its_pending_step(ou
     step(outside, rows, 1, 0, 0)
     assert [indices for indices, _ in sent(outside)] == [[1], [2, 3, 2]]
     assert outside.sent("StepBatch")[0].rewards == [5.0]
+
+
+def test_a_step_that_can_never_be_settled_does_not_outlive_its_episode(outside: Outside) -> None:
+    rows = started(outside, num_envs=2)
+    failure = error_from_reason(grpc.StatusCode.INTERNAL, 0, "internal error", {})
+    outside.script = [rows_fail({1: failure})]
+    result = step(outside, rows, 1, 2, raise_errors=False)
+    assert result.errors[1].outcome_unknown and result.actions[0] == 1
+    before = rows.session_ids.copy()
+    outside.script = [rows_fail({0: failure})]
+    result = step(outside, rows, 2, 1, episode_starts=[False, True])
+    assert not result.errors and result.actions.tolist() == [2, 1]
+    assert (rows.session_ids != before).tolist() == [False, True]
+    assert rows.step_indices.tolist() == [3, 1]
 
 
 def test_an_interrupted_step_stays_pending(outside: Outside) -> None:
