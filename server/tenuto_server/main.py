@@ -24,10 +24,11 @@ from tenuto_server.batcher import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.engine import Engine, choose_device
 from tenuto_server.errors import ConfigurationError
+from tenuto_server.interceptor import RefusalInterceptor
 from tenuto_server.metrics import Metrics, MetricsServer
 from tenuto_server.policies import PolicyRegistry
 from tenuto_server.reload import Reloader
-from tenuto_server.service import PolicyService, RefusalInterceptor
+from tenuto_server.service import PolicyService
 from tenuto_server.stepper import Stepper
 
 log = logging.getLogger("tenuto")

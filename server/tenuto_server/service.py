@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenuto_proto import WireError, array_to_wire
-from tenuto_proto.errors import STATUS_DETAILS_KEY, encode_status
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
 from tenuto_server.arena import Slots
 from tenuto_server.batcher import Ticket
 from tenuto_server.engine import Engine
 from tenuto_server.errors import Refusal
+from tenuto_server.interceptor import as_refusal
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.sessions import SessionOptions
@@ -370,42 +370,3 @@ def _timings(policy: ServedPolicy, slots: Slots) -> pb.Timings:
         compute_us=int(replies.compute_us[slots].max()),
         batch_size=int(replies.batch_size[slots].max()),
     )
-
-
-def as_refusal(error: Refusal | WireError) -> Refusal:
-    """Turn an error of the contract into one of the server's."""
-    return error if isinstance(error, Refusal) else Refusal(error.reason, str(error))
-
-
-class RefusalInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a unary method raises into a status: the one place where errors leave the server."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], handler_call_details: Any) -> Any:
-        """Wrap unary methods; a stream answers in band."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return handler
-        inner = handler.unary_unary
-
-        async def guarded(request: Any, context: Any) -> Any:
-            try:
-                return await inner(request, context)
-            except (Refusal, WireError) as error:
-                refusal = as_refusal(error)
-                self._metrics.refusals.labels(refusal.reason_name).inc()
-                details = encode_status(refusal.code, str(refusal), refusal.reason, refusal.metadata)
-                await context.abort(refusal.code, str(refusal), ((STATUS_DETAILS_KEY, details),))
-            except grpc.aio.AbortError:
-                raise
-            except Exception:
-                log.exception("%s failed", handler_call_details.method)
-                await context.abort(grpc.StatusCode.INTERNAL, "internal error")
-
-        return grpc.unary_unary_rpc_method_handler(
-            guarded,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
