@@ -466,7 +466,15 @@ def test_a_new_version_is_taken_with_the_next_episode(repository: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def no_session_is_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "server" not in request.fixturenames:
+        yield
+        return
+    server: ServerProcess = request.getfixturevalue("server")
+    before = open_sessions(server)
     yield
-    if "server" in request.fixturenames:
-        server: ServerProcess = request.getfixturevalue("server")
-        assert not server.stub.ListSessions(pb.ListSessionsRequest()).sessions
+    assert open_sessions(server) == before
+
+
+def open_sessions(server: ServerProcess) -> set[int]:
+    page = server.stub.ListSessions(pb.ListSessionsRequest(page_size=1000))
+    return {session.session_id for session in page.sessions}
