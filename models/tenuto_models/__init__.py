@@ -1,12 +1,13 @@
 """Memory models in pure torch: the DNC and Frameconv cores, the policy around them, and the checkpoint format."""
 
-from tenuto_models.checkpoint import Checkpoint, TrainingProgress
+from tenuto_models.checkpoint import Checkpoint
 from tenuto_models.dnc import DNCConfig, DNCCore
 from tenuto_models.errors import CheckpointError, ConfigError, ModelError
 from tenuto_models.frameconv import FrameconvConfig, FrameconvCore
 from tenuto_models.memory import MemoryCore, State, StateSpec, TensorSpec
 from tenuto_models.policy import Policy, PolicyConfig, PolicyOutput
 from tenuto_models.popgym import import_popgym
+from tenuto_models.training import Evaluation, TrainingProgress
 
 __all__ = [
     "Checkpoint",
@@ -14,6 +15,7 @@ __all__ = [
     "ConfigError",
     "DNCConfig",
     "DNCCore",
+    "Evaluation",
     "FrameconvConfig",
     "FrameconvCore",
     "MemoryCore",

@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from tenuto_models import spaces
 from tenuto_models.errors import CheckpointError, ConfigError
 from tenuto_models.memory import StateSpec
 from tenuto_models.policy import Policy, PolicyConfig
+from tenuto_models.training import TrainingProgress
 
 FORMAT_VERSION = 1
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
@@ -39,30 +39,6 @@ _MANIFEST_KEYS = {
     "format_version", "policy_name", "version", "config", "observation_space", "action_space", "flattening",
     "state_spec", "state_fingerprint", "training", "created_unix_s", "weights_sha256", "manifest_sha256",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainingProgress:
-    """Where training stood when a version was published."""
-
-    env_steps: int = 0
-    """Environment steps taken so far."""
-    iteration: int = 0
-    """Training iterations finished so far."""
-    return_mean: float | None = None
-    """Mean episode return of the last iteration; None before an episode ended."""
-    best_return: float | None = None
-    """Best return_mean of the run so far, this version included."""
-
-    def __post_init__(self) -> None:
-        for name in ("env_steps", "iteration"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 2**63:
-                raise ConfigError(f"training.{name}: got {value!r}, expected a whole number that is not negative")
-        for name in ("return_mean", "best_return"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ConfigError(f"training.{name}: got {value!r}, expected a finite number or null")
 
 
 @dataclass(frozen=True)
@@ -105,7 +81,7 @@ def write(
         "flattening": FLATTENING,
         "state_spec": _spec_to_json(policy.state_spec),
         "state_fingerprint": policy.state_fingerprint,
-        "training": asdict(training),
+        "training": training.to_json(),
         "created_unix_s": time.time(),
         "weights_sha256": hashlib.sha256(payload).hexdigest(),
     }
@@ -145,7 +121,7 @@ def read(folder: Path) -> Checkpoint:
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: {WEIGHTS} is not a safetensors file ({error})") from error
     try:
-        training = TrainingProgress(**manifest["training"])
+        training = TrainingProgress.from_json(manifest["training"])
         # First without memory: a manifest may claim any size, its weights show whether it is true.
         with torch.device("meta"):
             outline = _build(manifest)
@@ -184,8 +160,8 @@ def best_return(repository: Path, policy_name: str) -> float | None:
 def _progress_of_versions(folder: Path) -> Iterator[TrainingProgress]:
     for version in versions(folder):
         try:
-            yield TrainingProgress(**_read_manifest(folder / str(version))["training"])
-        except (CheckpointError, ConfigError, TypeError):
+            yield TrainingProgress.from_json(_read_manifest(folder / str(version))["training"])
+        except (CheckpointError, ConfigError):
             continue  # A version that no server would load has no say in what is best.
 
 

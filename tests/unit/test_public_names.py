@@ -8,9 +8,9 @@ import tenuto_trainer
 PUBLIC = {
     tenuto_proto: ["ObservationCodec", "WireError", "array_from_wire", "array_to_wire", "space_from_wire",
                    "space_to_wire"],
-    tenuto_models: ["Checkpoint", "CheckpointError", "ConfigError", "DNCConfig", "DNCCore", "FrameconvConfig",
-                    "FrameconvCore", "MemoryCore", "ModelError", "Policy", "PolicyConfig", "PolicyOutput", "State",
-                    "StateSpec", "TensorSpec", "TrainingProgress", "import_popgym"],
+    tenuto_models: ["Checkpoint", "CheckpointError", "ConfigError", "DNCConfig", "DNCCore", "Evaluation",
+                    "FrameconvConfig", "FrameconvCore", "MemoryCore", "ModelError", "Policy", "PolicyConfig",
+                    "PolicyOutput", "State", "StateSpec", "TensorSpec", "TrainingProgress", "import_popgym"],
 }  # fmt: skip
 
 

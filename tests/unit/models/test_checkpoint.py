@@ -15,7 +15,7 @@ from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 
 from serving import edit_manifest, small_policy
-from tenuto_models import CheckpointError, TrainingProgress, checkpoint
+from tenuto_models import CheckpointError, Evaluation, TrainingProgress, checkpoint
 
 
 @pytest.fixture
@@ -33,6 +33,14 @@ def test_what_is_read_is_what_was_written(version: Path) -> None:
     observation = torch.randn(2, policy.observation_size)
     ours, theirs = (p.step(observation, p.initial_state(2))[0] for p in (policy, loaded.policy))
     assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.value, theirs.value)
+
+
+def test_evaluation_survives_and_manifests_from_before_it_still_load(version: Path) -> None:
+    progress = TrainingProgress(2000, 4, 0.5, 0.5, 12.5, Evaluation(32, 0.75, 0.125, -1.0, 1.0, 2))
+    second = checkpoint.write(version.parent.parent, "policy", small_policy(), progress)
+    assert checkpoint.read(second).training == progress
+    edit_manifest(version, training=PROGRESS)
+    assert checkpoint.read(version).training == TrainingProgress(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +135,11 @@ def config_with(version: Path, **changes: Any) -> dict[str, Any]:
     return json.loads((version / "manifest.json").read_text())["config"] | changes
 
 
+def edit_evaluation(version: Path, **changes: Any) -> None:
+    known = Evaluation(8, 0.5, 0.25, 0.0, 1.0).__dict__
+    edit_manifest(version, training={**PROGRESS, "evaluation": known | changes})
+
+
 PROGRESS = {"env_steps": 1, "iteration": 1, "return_mean": None, "best_return": None}
 SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda v: (v / "weights.safetensors").unlink(), "cannot be read"),
@@ -161,6 +174,16 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda v: edit_manifest(v, training={**PROGRESS, "return_mean": "high"}),
         "return_mean: got 'high'",
     ),
+    "progress a list": (lambda v: edit_manifest(v, training=[]), "training: got"),
+    "true progress": (lambda v: edit_manifest(v, training={**PROGRESS, "return_mean": True}), "return_mean: got True"),
+    "no time": (lambda v: edit_manifest(v, training={**PROGRESS, "seconds": -1.0}), "seconds: got -1.0"),
+    "evaluation a word": (lambda v: edit_manifest(v, training={**PROGRESS, "evaluation": "good"}), "got 'good'"),
+    "nothing evaluated": (lambda v: edit_evaluation(v, episodes=0), "evaluation.episodes: got 0"),
+    "huge return": (lambda v: edit_evaluation(v, return_mean=10**400), "evaluation.return_mean: got 1000"),
+    "negative spread": (lambda v: edit_evaluation(v, return_std=-0.5), "evaluation.return_std: got -0.5"),
+    "worst above best": (lambda v: edit_evaluation(v, return_min=2.0), "evaluation.return_min: got 2.0"),
+    "too many cut": (lambda v: edit_evaluation(v, episodes_cut=9), "evaluation.episodes_cut: got 9"),
+    "odd evaluation": (lambda v: edit_evaluation(v, median=0.5), "evaluation keys: got"),
     "space a word": (lambda v: edit_manifest(v, observation_space="abc"), "space: got 'abc'"),
     "deep manifest": (lambda v: (v / "manifest.json").write_text("[" * 100_000), "is not JSON"),
     "manifest a folder": (lambda v: ((v / "manifest.json").unlink(), (v / "manifest.json").mkdir()), "cannot be read"),
