@@ -101,7 +101,8 @@ def ppo_config(
         )
         .rl_module(rl_module_spec=RLModuleSpec(PolicyModule, model_config=model_config))
         .callbacks(cast(Any, publisher))  # Any callable will do, the annotation asks for a class.
-        .debugging(seed=config.seed, log_level="ERROR")
+        # Its monitor holds up the end of every run for up to 0.7 s.
+        .debugging(seed=config.seed, log_level="ERROR", log_sys_usage=False)
     )
 
 
