@@ -22,7 +22,7 @@ REPEAT = "popgym-RepeatPreviousEasy-v0"
 def config(memory: str = "dnc", env_id: str = REPEAT, **overrides: Any) -> TrainConfig:
     settings: dict[str, Any] = {
         "repository": Path("not-written-to"), "seed": 0, "num_envs": 4, "batch_size": 256, "minibatch_size": 128,
-        "num_epochs": 1, "max_seq_len": 16, "hidden_size": 16, "num_cells": 4, "cell_size": 4,
+        "num_epochs": 1, "evaluation_episodes": 0, "max_seq_len": 16, "hidden_size": 16, "num_cells": 4, "cell_size": 4,
     }  # fmt: skip
     return TrainConfig(env_id, memory, **{**settings, **overrides})
 

@@ -52,7 +52,8 @@ def test_two_iterations_publish_loadable_versions_and_leave_nothing_else(tmp_pat
     versions = checkpoint.versions(folder)
     assert len(versions) >= 2
     found = [checkpoint.read(folder / str(version)) for version in versions]
-    assert found[0].training == TrainingProgress()
+    assert found[0].training == TrainingProgress(evaluation=found[0].training.evaluation)
+    assert [c.training.evaluation.episodes for c in found if c.training.evaluation] == [32] * len(versions)
     assert (found[-1].training.iteration, found[-1].training.env_steps) == (2, 1024)
     lines = done.stdout.splitlines()
     assert lines[0] == "p starts from scratch; newest version is 1"

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from tenuto_models import PolicyConfig
 
 MEMORIES = ("dnc", "frameconv")
+LEARNER_DEVICES = ("cpu", "cuda", "auto")
+MAX_SEED = 2**30
+"""Seeds of training are below it; those of evaluation lie far above."""
 _POLICY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 
 
@@ -31,19 +34,23 @@ class TrainConfig:
     """Policy name in the repository; empty: the environment's id with other characters as dashes."""
 
     iterations: int | None = None
-    """Training iterations after which to stop; None: no limit."""
+    """Training iterations after which to stop, those before a restart included; None: no limit."""
     stop_return: float | None = None
     """Mean episode return at which to stop; None: no limit."""
     stop_seconds: float | None = None
-    """Seconds of training after which to stop, start-up not included; None: no limit."""
+    """Seconds of training after which to stop, those before a restart included, start-up not; None: no limit."""
     publish_every: int = 5
     """Iterations between two publications, whatever the return."""
     publish_gain: float = 0.05
     """Rise of the mean episode return over the best published one that is worth a version at once."""
     log_dir: Path = Path("runs")
-    """Folder for TensorBoard event files, one folder per policy below it."""
+    """Folder for TensorBoard event files and the effective configuration, one folder per policy below it."""
     seed: int | None = None
-    """Seed of weights, actions and environments; None: drawn anew."""
+    """Seed of weights, actions and environments, below 2**30; None: drawn anew."""
+    evaluation_episodes: int = 32
+    """Episodes that are played with greedy actions on held-out seeds before every publication; 0: none."""
+    evaluation_max_steps: int = 2048
+    """Steps after which an evaluated episode is cut, so that no policy can play for ever."""
 
     num_envs: int = 32
     """Environments stepped together in one process."""
@@ -71,6 +78,8 @@ class TrainConfig:
     """Largest norm of a gradient."""
     torch_threads: int = 1
     """Threads of torch in the trainer; more than 1 slows networks of this size down."""
+    learner_device: str = "cpu"
+    """Where gradients are computed: "cpu", "cuda", or "auto", the GPU where there is one. Sampling stays on the CPU."""
 
     hidden_size: int = 64
     """Width of feature map, memory core and heads, in units."""
@@ -92,16 +101,22 @@ class TrainConfig:
             )
         if self.memory not in MEMORIES:
             raise TrainConfigError(f"memory: got {self.memory!r}, expected one of {', '.join(MEMORIES)}")
+        if self.learner_device not in LEARNER_DEVICES:
+            raise TrainConfigError(
+                f"learner_device: got {self.learner_device!r}, expected one of {', '.join(LEARNER_DEVICES)}"
+            )
         for field in fields(self):
             value, kind = getattr(self, field.name), str(field.type)
             if value is None and kind.endswith("None"):
                 continue
             if kind.startswith("int"):
-                least = {"num_env_runners": 0, "seed": 0, "stack_size": 2}.get(field.name, 1)
+                least = {"num_env_runners": 0, "seed": 0, "stack_size": 2, "evaluation_episodes": 0}.get(field.name, 1)
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise TrainConfigError(f"{field.name}: got {value!r}, expected an integer >= {least}")
             elif kind.startswith("float") and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise TrainConfigError(f"{field.name}: got {value!r}, expected a finite number")
+        if self.seed is not None and self.seed >= MAX_SEED:
+            raise TrainConfigError(f"seed: got {self.seed!r}, expected an integer below {MAX_SEED}")
         for name in ("lr", "clip", "grad_clip", "stop_seconds"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -2,6 +2,7 @@
 
 TrainerError
 ├── TrainConfigError  a setting, environment or space that no training can start from
+├── StateError        a training state that no run may go on from; a run that finds one says so and starts without it
 └── DivergedError     training produced a loss or weights that are not finite
 """
 
@@ -19,6 +20,10 @@ class TrainConfigError(TrainerError, ValueError):
     """A setting, an environment or a space that no training can start from."""
 
     exit_code = 2
+
+
+class StateError(TrainerError):
+    """A training state that is damaged or belongs to something else; nothing of it was used."""
 
 
 class DivergedError(TrainerError):

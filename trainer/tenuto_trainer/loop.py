@@ -13,7 +13,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from tenuto_envs import make
 from tenuto_models import Policy, TrainingProgress
 from tenuto_trainer.config import TrainConfig
-from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config
+from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config, uses_gpu
 from tenuto_trainer.progress import IterationReport, Progress, scalars_of
 from tenuto_trainer.resume import find_start
 
@@ -45,6 +45,7 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     env.close()
     policy_config = config.policy_config()
     Policy(observation_space, action_space, policy_config)  # Refuses what no policy can be built for.
+    uses_gpu(config)  # Refuses a GPU that is not there.
     start = find_start(config.repository, config.policy, observation_space, action_space, policy_config)
 
     torch.set_num_threads(config.torch_threads)
@@ -53,44 +54,43 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     with local_ray(config):
         stop.listen()
         ppo = ppo_config(config, observation_space, action_space, start)
-        with build_algorithm(ppo) as (algorithm, publisher):
-            origin = f"goes on from {start.folder}" if start.folder else "starts from scratch"
-            progress.note(f"{config.policy} {origin}; newest version is {publisher.version}")
-            began = ended = time.monotonic()
-            iteration = 0
-            reason = _reason_to_stop(config, stop, publisher.progress, iteration, 0.0)
+        with build_algorithm(ppo, start.state) as (algorithm, publisher):
+            if start.refused:
+                progress.note(f"the training state is not used: {start.refused}")
+            progress.note(f"{config.policy} {start}; newest version is {publisher.version}")
+            progress.begin(publisher.progress)
+            reason = _reason_to_stop(config, stop, publisher.progress)
             while reason is None:
-                before, steps_before = ended, publisher.progress.env_steps
+                began, steps_before = time.monotonic(), publisher.progress.env_steps
                 result = algorithm.train()
-                ended, iteration = time.monotonic(), iteration + 1
-                reason = _reason_to_stop(config, stop, publisher.progress, iteration, ended - began)
+                duration = time.monotonic() - began
+                reason = _reason_to_stop(config, stop, publisher.progress)
                 if reason is not None:  # Before the last line, which is to name the version that stays.
                     publisher.publish(algorithm)
                 progress.iteration(
                     IterationReport(
                         progress=publisher.progress,
                         version=publisher.version,
-                        seconds=ended - began,
-                        steps_per_second=(publisher.progress.env_steps - steps_before) / (ended - before),
+                        evaluation=publisher.evaluation,
+                        steps_per_second=(publisher.progress.env_steps - steps_before) / duration,
                         scalars=scalars_of(result, DEFAULT_MODULE_ID),
                     )
                 )
+            publisher.publish(algorithm)  # What a run that was killed had not published.
             progress.end(f"stopped: {reason}; newest version is {publisher.version}")
             progress.end(f"serve it: tenuto-serve --repository {shlex.quote(str(config.repository))}")
             return publisher.progress
 
 
-def _reason_to_stop(
-    config: TrainConfig, stop: StopSignal, now: TrainingProgress, iteration: int, seconds: float
-) -> str | None:
-    """Say why the run is over, or None. ``iteration`` and ``seconds`` count this run only."""
+def _reason_to_stop(config: TrainConfig, stop: StopSignal, now: TrainingProgress) -> str | None:
+    """Say why the training is over, or None. Its limits count what was done before a restart, too."""
     if stop.received is not None:
         return f"received {stop.received.name}"
-    if config.iterations is not None and iteration >= config.iterations:
-        return f"{iteration} iterations done"
-    if config.stop_seconds is not None and seconds >= config.stop_seconds:
-        return f"trained for {seconds:.0f} s"
+    if config.iterations is not None and now.iteration >= config.iterations:
+        return f"{now.iteration} iterations done"
+    if config.stop_seconds is not None and now.seconds >= config.stop_seconds:
+        return f"trained for {now.seconds:.0f} s"
     wanted, got = config.stop_return, now.return_mean
-    if iteration > 0 and wanted is not None and got is not None and got >= wanted:
+    if wanted is not None and got is not None and got >= wanted:
         return f"return {got:.3f} reached {wanted}"
     return None

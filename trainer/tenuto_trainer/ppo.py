@@ -16,7 +16,9 @@ from functools import partial
 from typing import Any, cast
 
 import gymnasium
+import numpy as np
 import ray
+import torch
 from gymnasium import spaces
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
@@ -24,11 +26,14 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from tenuto_envs import make
-from tenuto_trainer.config import TrainConfig
+from tenuto_trainer.config import MAX_SEED, TrainConfig
 from tenuto_trainer.envs import for_rllib
+from tenuto_trainer.errors import TrainConfigError
+from tenuto_trainer.learner import restore_learner
 from tenuto_trainer.publish import CheckpointPublisher
 from tenuto_trainer.resume import Start
 from tenuto_trainer.rl_module import PolicyModule, model_config_for
+from tenuto_trainer.state import TrainingState
 
 _ENV_NAME = "tenuto"
 _OBJECT_STORE_BYTES = 128 * 2**20
@@ -52,6 +57,7 @@ def local_ray(config: TrainConfig) -> Generator[None]:
             ray.init(
                 address="local",
                 num_cpus=1 + config.num_env_runners,
+                num_gpus=int(uses_gpu(config)),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -63,6 +69,16 @@ def local_ray(config: TrainConfig) -> Generator[None]:
             ray.shutdown()
 
 
+def uses_gpu(config: TrainConfig) -> bool:
+    """Say whether the learner computes on a GPU. Raises TrainConfigError if it is to and there is none."""
+    found = config.learner_device != "cpu" and torch.cuda.is_available()
+    if config.learner_device == "cuda" and not found:
+        raise TrainConfigError(
+            f"learner_device: got 'cuda', expected 'cpu' or 'auto', for torch {torch.__version__} finds no GPU here"
+        )
+    return found
+
+
 def ppo_config(
     config: TrainConfig, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], start: Start
 ) -> PPOConfig:
@@ -71,15 +87,7 @@ def ppo_config(
     model_config = model_config_for(
         observation_space, action_space, config.policy_config(), config.max_seq_len, start.folder
     )
-    publisher = partial(
-        CheckpointPublisher,
-        config.repository,
-        config.policy,
-        model_config,
-        config.publish_every,
-        config.publish_gain,
-        start.progress,
-    )
+    publisher = partial(CheckpointPublisher, config, model_config, start.without_tensors())
     return (
         PPOConfig(algo_class=_PPO)
         # Actions are scaled and clipped by our own wrapper, as the server does it.
@@ -100,9 +108,10 @@ def ppo_config(
             num_epochs=config.num_epochs,
         )
         .rl_module(rl_module_spec=RLModuleSpec(PolicyModule, model_config=model_config))
+        .learners(num_learners=0, num_gpus_per_learner=int(uses_gpu(config)))
         .callbacks(cast(Any, publisher))  # Any callable will do, the annotation asks for a class.
         # Its monitor holds up the end of every run for up to 0.7 s.
-        .debugging(seed=config.seed, log_level="ERROR", log_sys_usage=False)
+        .debugging(seed=_seed_of_run(config.seed, start.progress.iteration), log_level="ERROR", log_sys_usage=False)
     )
 
 
@@ -114,14 +123,28 @@ class _PPO(PPO):
 
 
 @contextmanager
-def build_algorithm(config: PPOConfig) -> Generator[tuple[Algorithm, CheckpointPublisher]]:
-    """Build the algorithm and its publisher, which has published a version by then; stop the algorithm at the end."""
+def build_algorithm(
+    config: PPOConfig, state: TrainingState | None = None
+) -> Generator[tuple[Algorithm, CheckpointPublisher]]:
+    """Build the algorithm and its publisher, which has published a version by then; stop the algorithm at the end.
+
+    The learner goes on from ``state``, that of the :class:`Start` which the config was made with.
+    """
     algorithm = config.build_algo()
     callbacks: Any = algorithm.callbacks  # A list in the new API stack, annotated as one callback.
     try:
+        if state is not None:
+            restore_learner(algorithm, state.tensors)
         yield algorithm, next(c for c in callbacks if isinstance(c, CheckpointPublisher))
     finally:
         algorithm.stop()
+
+
+def _seed_of_run(seed: int | None, iteration: int) -> int | None:
+    """Return the seed to go on with after so many iterations; with the first one old episodes would come again."""
+    if seed is None or iteration == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0]) % MAX_SEED
 
 
 def _make_for_rllib(env_id: str, _: Any) -> gymnasium.Env[Any, Any]:

@@ -14,7 +14,9 @@ from rich.live import Live
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
-from tenuto_models import TrainingProgress
+from tenuto_models import Evaluation, TrainingProgress
+
+_COLUMNS = 80
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,26 @@ class IterationReport:
     progress: TrainingProgress
     version: int | None
     """Newest published version."""
-    seconds: float
-    """Duration of training so far."""
     steps_per_second: float
     """Environment steps of this iteration by its duration, learning included."""
     scalars: Mapping[str, float]
     """Further curves for TensorBoard, by tag."""
+    evaluation: Evaluation | None = None
+    """How that version did on held-out seeds."""
 
     def line(self) -> str:
-        """Say it in one line that fits 80 columns; steps are environment steps."""
-        p = self.progress
-        return (
-            f"iteration {p.iteration:4d}  v{self.version}  return {_number(p.return_mean)}, best "
-            f"{_number(p.best_return)}  {_count(p.env_steps)} steps  {_count(self.steps_per_second)}/s  "
-            f"{_duration(self.seconds)}"
-        )
+        """Say it in one line that fits 80 columns; steps are environment steps.
+
+        An evaluation takes the place of the best return, and names its spread where there is room for it.
+        """
+        p, evaluated = self.progress, self.evaluation
+        head = f"iteration {p.iteration:4d}  v{self.version}  return {_number(p.return_mean)}, "
+        tail = f"  {_count(p.env_steps)} steps  {_count(self.steps_per_second)}/s  {_duration(p.seconds)}"
+        if evaluated is None:
+            return f"{head}best {_number(p.best_return)}{tail}"
+        mean, spread = _number(evaluated.return_mean), f"±{_number(evaluated.return_std)}"
+        line = f"{head}eval {mean}{spread}{tail}"
+        return line if len(line) <= _COLUMNS else f"{head}eval {mean}{tail}"
 
 
 class Progress:
@@ -50,6 +57,7 @@ class Progress:
     def __init__(self, console: Console, log_dir: Path) -> None:
         self._console, self._log_dir = console, log_dir
         self._writer: SummaryWriter | None = None
+        self._start = TrainingProgress()
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Progress:
@@ -69,6 +77,10 @@ class Progress:
         """Say something that stays on the screen."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def begin(self, start: TrainingProgress) -> None:
+        """Say where training stands; curves that a killed run wrote beyond it are hidden by those to come."""
+        self._start = start
+
     def end(self, text: str) -> None:
         """Say something below the last iteration, whose line then stays as it is."""
         if self._live:
@@ -82,14 +94,36 @@ class Progress:
         else:
             self.note(report.line())
         if self._writer is None:
-            self._writer = SummaryWriter(str(self._log_dir))
+            self._writer = self._open()
         p = report.progress
         curves = dict(report.scalars) | {"speed/env_steps_per_s": report.steps_per_second}
         curves |= {"return/mean": _or_nan(p.return_mean), "return/best": _or_nan(p.best_return)}
         curves["checkpoint/version"] = float(report.version or 0)
-        for tag, value in curves.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(tag, value, global_step=p.env_steps)
+        _write(self._writer, curves | _curves_of(p.evaluation), p.env_steps)
+
+    def _open(self) -> SummaryWriter:
+        start = self._start
+        if start.env_steps > 0:
+            return SummaryWriter(str(self._log_dir), purge_step=start.env_steps + 1)
+        writer = SummaryWriter(str(self._log_dir))
+        _write(writer, _curves_of(start.evaluation), 0)  # Of the untrained policy, to compare with.
+        return writer
+
+
+def _write(writer: SummaryWriter, curves: Mapping[str, float], env_steps: int) -> None:
+    for tag, value in curves.items():
+        if math.isfinite(value):
+            writer.add_scalar(tag, value, global_step=env_steps)
+    writer.flush()  # What a killed run did not write is missing in the curves for ever.
+
+
+def _curves_of(evaluation: Evaluation | None) -> dict[str, float]:
+    if evaluation is None:
+        return {}
+    return {
+        f"evaluation/return_{name}": float(getattr(evaluation, f"return_{name}"))
+        for name in ("mean", "std", "min", "max")
+    }
 
 
 def scalars_of(result: Mapping[str, Any], module_id: str) -> dict[str, float]:

@@ -1,14 +1,15 @@
 """Publishes checkpoints while RLlib trains: the first at once, then every N iterations and on a better return.
 
-Called by RLlib on the driver: on_algorithm_init once, on_train_result after each iteration.
+Called by RLlib on the driver: on_algorithm_init once, on_train_result after each iteration. There it also leaves the
+training state, before any version of the same iteration, so that a kill between the two costs nothing.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,83 +17,107 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from tenuto_models import CheckpointError, TrainingProgress, checkpoint
+from tenuto_models import CheckpointError, Evaluation, Policy, TrainingProgress, checkpoint
+from tenuto_trainer import state as training_state
+from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import DivergedError
+from tenuto_trainer.evaluation import evaluate
+from tenuto_trainer.learner import learner_tensors
+from tenuto_trainer.resume import Start
 from tenuto_trainer.rl_module import policy_of
+from tenuto_trainer.state import TrainingState
 
 
 class CheckpointPublisher(RLlibCallback):
-    """Owns the decision when to publish. The best return is kept in the published manifests, so it outlives the run.
+    """Owns the decision when to publish. The best return is kept in state and manifests, so it outlives the run.
 
     RLlib builds one in every process; only the algorithm's own writes anything, the constructor never does.
     """
 
-    def __init__(
-        self,
-        repository: Path,
-        policy_name: str,
-        model_config: Mapping[str, Any],
-        publish_every: int,
-        publish_gain: float = 0.0,
-        start: TrainingProgress | None = None,
-    ) -> None:
-        """``start`` is where the published version stood that this run goes on from; None: a fresh policy.
-
-        ``publish_every`` in iterations, ``publish_gain`` in units of return.
-        """
+    def __init__(self, config: TrainConfig, model_config: Mapping[str, Any], start: Start) -> None:
+        """``start`` is what the run goes on from; its tensors are not looked at."""
         super().__init__()
-        self._repository, self._policy_name, self._model_config = repository, policy_name, model_config
-        self._publish_every, self._publish_gain = publish_every, publish_gain
-        self._start = start or TrainingProgress()
-        self.progress = self._start
+        self._config, self._model_config, self._start = config, model_config, start
+        self.progress = start.progress
         """Where training stands, as the next manifest would say it."""
-        self._published = start
-        self._best_published = -math.inf
         self.version: int | None = None
         """Newest version of the policy; None before there is one."""
+        self.evaluation: Evaluation | None = None
+        """How that version did on held-out seeds; None where nobody looked."""
+        self._published_iteration: int | None = None
+        self._best_published = -math.inf
+        self._clock_s = 0.0
 
     def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         """Publish the untrained policy, so that a server can start; not where the run goes on from a version."""
-        if self._published is None:
+        self._clock_s = time.monotonic()
+        published, state = self._start.published, self._start.state
+        if published is None:
             self.publish(algorithm)
             return
-        self.version = max(checkpoint.versions(self._repository / self._policy_name), default=None)
-        best = checkpoint.best_return(self._repository, self._policy_name)
-        self.progress = self._published = replace(self._start, best_return=best)
-        self._best_published = -math.inf if best is None else best
+        repository, name = self._config.repository, self._config.policy
+        self.version, self.evaluation = max(checkpoint.versions(repository / name), default=None), published.evaluation
+        self._published_iteration = published.iteration
+        best = checkpoint.best_return(repository, name)
+        known = [r for r in (best, self.progress.best_return) if r is not None]
+        self.progress = replace(self.progress, best_return=max(known, default=None))
+        bars = (state.best_published, published.return_mean) if state else (best,)
+        self._best_published = max((r for r in bars if r is not None), default=-math.inf)
 
     def on_train_result(self, *, algorithm: Algorithm, result: dict[str, Any], **kwargs: Any) -> None:
-        """Publish if it is due or the return is better. Raises DivergedError if a weight or the loss is not finite."""
-        before, iteration = self.progress, int(result["training_iteration"])
+        """Keep the state; publish if due or better. Raises DivergedError if a weight or the loss is not finite."""
+        before, origin, now_s = self.progress, self._start.progress, time.monotonic()
         measured = float(result["env_runners"].get("episode_return_mean", math.nan))
         # Where no episode ended in this iteration, the last known mean stands.
         return_mean = before.return_mean if math.isnan(measured) else measured
         known = [r for r in (before.best_return, return_mean) if r is not None]
         self.progress = TrainingProgress(
-            env_steps=self._start.env_steps + int(result["num_env_steps_sampled_lifetime"]),
-            iteration=self._start.iteration + iteration,
+            env_steps=origin.env_steps + int(result["num_env_steps_sampled_lifetime"]),
+            iteration=origin.iteration + int(result["training_iteration"]),
             return_mean=return_mean,
             best_return=max(known, default=None),
+            seconds=before.seconds + now_s - self._clock_s,
         )
+        self._clock_s = now_s
         self._require_finite(algorithm, result)
         if self._best_published == -math.inf and not math.isnan(measured):
             # The first return was measured with the weights of the version that is published already.
             self._best_published = measured
-        if measured > self._best_published + self._publish_gain or iteration % self._publish_every == 0:
+        self._keep_state(algorithm)
+        is_better = measured > self._best_published + self._config.publish_gain
+        if is_better or self.progress.iteration % self._config.publish_every == 0:
             self.publish(algorithm)
 
     def publish(self, algorithm: Algorithm) -> None:
-        """Write a version now, unless nothing was trained since the last one."""
-        if self._published == self.progress:
+        """Evaluate the policy and write it as a version now, unless nothing was trained since the last one."""
+        if self._published_iteration == self.progress.iteration:
             return
-        policy = policy_of(self._weights(algorithm), self._model_config)
+        config, policy = self._config, self._policy(algorithm)
+        if config.evaluation_episodes:
+            found = evaluate(policy, config.env_id, config.evaluation_episodes, config.evaluation_max_steps)
+            self.progress = replace(self.progress, evaluation=found)
         try:
-            folder = checkpoint.write(self._repository, self._policy_name, policy, self.progress)
+            folder = checkpoint.write(config.repository, config.policy, policy, self.progress)
         except OSError as error:
-            raise CheckpointError(f"{self._repository}: cannot publish to this repository ({error})") from error
-        self._published, self.version = self.progress, int(folder.name)
+            raise CheckpointError(f"{config.repository}: cannot publish to this repository ({error})") from error
+        self._published_iteration, self.version = self.progress.iteration, int(folder.name)
+        self.evaluation = self.progress.evaluation
         if self.progress.return_mean is not None:
             self._best_published = max(self._best_published, self.progress.return_mean)
+
+    def _keep_state(self, algorithm: Algorithm) -> None:
+        state = TrainingState(
+            tensors=learner_tensors(algorithm),
+            policy=training_state.describe(self._policy(algorithm)),
+            progress=self.progress,
+            version=self.version or 0,
+            best_published=None if self._best_published == -math.inf else self._best_published,
+        )
+        folder = self._config.repository / self._config.policy
+        try:
+            training_state.write(folder, state)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot keep the training state here ({error})") from error
 
     def _require_finite(self, algorithm: Algorithm, result: Mapping[str, Any]) -> None:
         """RLlib turns NaN gradients to zero, so that a lost policy may show in its loss only."""
@@ -103,6 +128,9 @@ class CheckpointPublisher(RLlibCallback):
                     f"training diverged in iteration {self.progress.iteration}: {name} is NaN or infinite; "
                     f"the last good version is {self.version}; try a smaller lr"
                 )
+
+    def _policy(self, algorithm: Algorithm) -> Policy:
+        return policy_of(self._weights(algorithm), self._model_config)
 
     def _weights(self, algorithm: Algorithm) -> dict[str, Any]:
         learners = algorithm.learner_group

@@ -1,15 +1,19 @@
 import io
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from tenuto_models import TrainingProgress
+from tenuto_models import Evaluation, TrainingProgress
 from tenuto_trainer.progress import IterationReport, Progress
 
 
-def _report(progress: TrainingProgress, version: int, seconds: float = 1.0, speed: float = 100.0) -> IterationReport:
-    return IterationReport(progress, version, seconds, speed, {})
+def _report(
+    progress: TrainingProgress, version: int, seconds: float = 1.0, speed: float = 100.0, **more: Any
+) -> IterationReport:
+    return IterationReport(replace(progress, seconds=seconds), version, speed, {}, **more)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,22 @@ def _report(progress: TrainingProgress, version: int, seconds: float = 1.0, spee
         (
             _report(TrainingProgress(12_345_678, 99_999, -9.9991, -1234.5), 9999, 359_940.0, 12_345.6),
             "iteration 99999  v9999  return -9.999, best -1.23k  12.3M steps  12.3k/s  99h59m",
+        ),
+        (
+            _report(
+                TrainingProgress(61_440, 15, 0.25, 0.3), 5, 725.0, 773.0, evaluation=Evaluation(32, 0.9124, 0.041, 0, 1)
+            ),
+            "iteration   15  v5  return 0.250, eval 0.912±0.041  61.4k steps  773/s  12m05s",
+        ),
+        (
+            _report(
+                TrainingProgress(12_345_678, 99_999, -9.9991, 0.3),
+                9999,
+                359_940.0,
+                12_345.6,
+                evaluation=Evaluation(32, -1234.5, 1234.5, -4000, 0),
+            ),
+            "iteration 99999  v9999  return -9.999, eval -1.23k  12.3M steps  12.3k/s  99h59m",
         ),
     ],
 )
