@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 import gymnasium
@@ -12,6 +13,7 @@ from tenuto_envs.conform import ConformObservation, Env
 from tenuto_envs.errors import MissingPackageError, UnknownEnvError
 
 _POPGYM = "popgym-"
+_INSTALL = "install it with: pip install 'tenuto[gym]', or pip install '.[gym]' in a clone"
 
 
 def make(env_id: str) -> Env:
@@ -35,13 +37,10 @@ def _make_popgym(env_id: str) -> Env:
         from popgym.wrappers import Antialias, PreviousAction
     except ImportError as error:
         raise MissingPackageError(
-            f"environment {env_id!r} needs popgym, which cannot be imported ({error}); "
-            "install it with: pip install 'tenuto[gym]', or pip install '.[gym]' in a clone"
+            f"environment {env_id!r} needs popgym, which cannot be imported ({error}); {_INSTALL}"
         ) from error
-    if env_id.startswith("popgym-Labyrinth") and env_id not in gymnasium.registry:
-        raise MissingPackageError(
-            f"environment {env_id!r} needs mazelib, which is not installed; install it with: pip install mazelib"
-        )
+    if env_id.startswith("popgym-Labyrinth") and find_spec("mazelib") is None:
+        raise MissingPackageError(f"environment {env_id!r} needs mazelib, which is not installed; {_INSTALL}")
     # POPGym's wrappers take any gymnasium.Env, their annotation asks for its own class.
     return cast(Env, Antialias(PreviousAction(cast(Any, _make_registered(env_id)))))
 

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from typing import Any
 
@@ -10,10 +11,12 @@ import tenuto_envs
 from own_envs import Stub
 from tenuto_envs import ConformObservation, MissingPackageError, ObservationError, UnknownEnvError, make
 
-EASY = sorted(spec["id"] for spec in popgym.envs.ALL_EASY.values())
+POPGYM = sorted(spec["id"] for spec in popgym.envs.ALL.values())
+MAZES_WARN = "ignore:Maze environments have been shown:DeprecationWarning:popgym"
 
 
-@pytest.mark.parametrize("env_id", EASY)
+@pytest.mark.filterwarnings(MAZES_WARN)
+@pytest.mark.parametrize("env_id", POPGYM)
 def test_popgym_observations_lie_in_the_declared_space_until_the_episode_ends(env_id: str):
     env = make(env_id)
     env.action_space.seed(0)
@@ -43,6 +46,7 @@ def test_gymnasium_and_own_environments_are_made_by_id():
     ("env_id", "part"),
     [
         ("popgym-RepeatPreviousEsy-v0", "did you mean 'popgym-RepeatPreviousEasy-v0'"),
+        ("popgym-LabyrinthEscpeEasy-v0", "did you mean 'popgym-LabyrinthEscapeEasy-v0'"),
         ("Cartpole-v1", "'CartPole-v1'"),
         ("CartPole-v99", "CartPole-v99"),
         ("", "got ''"),
@@ -58,8 +62,12 @@ def test_unknown_id_is_refused_with_close_matches(env_id: str, part: str):
 
 
 def test_labyrinth_without_mazelib_says_what_to_install():
-    with pytest.raises(MissingPackageError, match="pip install mazelib"):
-        make("popgym-LabyrinthEscapeEasy-v0")
+    code = "import sys; sys.modules['mazelib'] = None; import tenuto_envs; tenuto_envs.make(sys.argv[1])"
+    command = [sys.executable, "-c", code, "popgym-LabyrinthEscapeEasy-v0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("tenuto_envs.errors.MissingPackageError: environment 'popgym-LabyrinthEscapeEasy-v0' needs")
+    assert "mazelib" in error and "pip install 'tenuto[gym]'" in error
 
 
 def test_popgym_environment_without_popgym_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
