@@ -3,7 +3,8 @@
 TrainerError
 ├── TrainConfigError  a setting, environment or space that no training can start from
 ├── StateError        a training state that no run may go on from; a run that finds one says so and starts without it
-└── DivergedError     training produced a loss or weights that are not finite
+├── DivergedError     training produced a loss or weights that are not finite
+└── ImportedError     a checkpoint of RLlib's old API stack that no version can be made of
 """
 
 from __future__ import annotations
@@ -28,3 +29,7 @@ class StateError(TrainerError):
 
 class DivergedError(TrainerError):
     """Training produced a loss or weights that are not finite; what was published before stays good."""
+
+
+class ImportedError(TrainerError):
+    """A checkpoint of RLlib's old API stack that no version can be made of; nothing was published."""
