@@ -25,7 +25,7 @@ class TrainConfig:
     """One training run. The defaults learn POPGym's Easy environments within minutes on two CPU cores."""
 
     env_id: str
-    """Environment, as tenuto_envs.make takes it."""
+    """Environment: popgym-…-v0, an id of gymnasium, or module:callable for your own."""
     memory: str
     """Memory core: "dnc" or "frameconv"."""
     repository: Path
@@ -46,7 +46,7 @@ class TrainConfig:
     log_dir: Path = Path("runs")
     """Folder for TensorBoard event files and the effective configuration, one folder per policy below it."""
     seed: int | None = None
-    """Seed of weights, actions and environments, below 2**30; None: drawn anew."""
+    """Seed of weights, actions and environments, below 2**30; None: drawn anew, and to be found beside the logs."""
     evaluation_episodes: int = 32
     """Episodes that are played with greedy actions on held-out seeds before every publication; 0: none."""
     evaluation_max_steps: int = 2048

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import shlex
 import signal
 import time
+from dataclasses import replace
 from types import FrameType
 
 import torch
@@ -12,7 +14,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from tenuto_envs import make
 from tenuto_models import Policy, TrainingProgress
-from tenuto_trainer.config import TrainConfig
+from tenuto_trainer import config_file
+from tenuto_trainer.config import MAX_SEED, TrainConfig
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config, uses_gpu
 from tenuto_trainer.progress import IterationReport, Progress, scalars_of
 from tenuto_trainer.resume import find_start
@@ -37,6 +40,7 @@ class StopSignal:
 def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     """Train until a limit of the config or a signal, publish the last policy, and return where training stands.
 
+    Leaves the effective configuration, with the seed that was drawn, in the log folder.
     Sets torch's threads and the handlers of SIGINT and SIGTERM for the whole process.
     Raises EnvError, ConfigError or TrainConfigError before Ray starts; CheckpointError or DivergedError while training.
     """
@@ -48,6 +52,8 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     uses_gpu(config)  # Refuses a GPU that is not there.
     start = find_start(config.repository, config.policy, observation_space, action_space, policy_config)
 
+    if config.seed is None:
+        config = replace(config, seed=secrets.randbelow(MAX_SEED))
     torch.set_num_threads(config.torch_threads)
     stop = StopSignal()
     stop.listen()
@@ -55,6 +61,7 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
         stop.listen()
         ppo = ppo_config(config, observation_space, action_space, start)
         with build_algorithm(ppo, start.state) as (algorithm, publisher):
+            config_file.write(config.log_dir / config.policy / config_file.FILE, config)
             if start.refused:
                 progress.note(f"the training state is not used: {start.refused}")
             progress.note(f"{config.policy} {start}; newest version is {publisher.version}")

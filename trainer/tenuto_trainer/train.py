@@ -1,4 +1,4 @@
-"""``tenuto-train``: reads the command line, runs one training, and turns errors into one line and an exit code.
+"""``tenuto-train``: reads the command line and its file of settings, runs one training, turns errors into exit codes.
 
 Exit codes: 0 the run ended as asked or by a signal, 1 it failed or a package is missing, 2 the command line, a folder
 or the environment cannot be used. Nothing is written but the repository, the log folder and, while the run lasts, a
@@ -10,64 +10,57 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from pathlib import Path
+from typing import Any
 
-from tenuto_trainer.config import MEMORIES, TrainConfig
+from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import TrainConfigError, TrainerError
 from tenuto_trainer.folders import require_writable
+from tenuto_trainer.settings import settings
 
-_HELP: dict[str, tuple[type, str]] = {
-    "policy": (str, "name in the repository; default: the environment's id"),
-    "iterations": (int, "stop after this many iterations; default: no limit"),
-    "stop_return": (float, "stop at this mean episode return; default: no limit"),
-    "stop_seconds": (float, "stop after this many seconds of training; default: no limit"),
-    "publish_every": (int, "iterations between two publications"),
-    "publish_gain": (float, "rise over the best published return that is published at once"),
-    "log_dir": (Path, "folder for TensorBoard logs"),
-    "evaluation_episodes": (int, "greedy episodes on held-out seeds before a publication; 0: none"),
-    "evaluation_max_steps": (int, "steps after which an evaluated episode is cut"),
-    "learner_device": (str, "cpu, cuda or auto"),
-    "seed": (int, "seed of weights, actions and environments; default: drawn anew"),
-    "num_envs": (int, "environments stepped together"),
-    "num_env_runners": (int, "further processes that step environments"),
-    "batch_size": (int, "environment steps per iteration"),
-    "minibatch_size": (int, "environment steps per gradient step"),
-    "num_epochs": (int, "passes over the batch per iteration"),
-    "max_seq_len": (int, "steps that gradients reach back"),
-    "lr": (float, "learning rate"),
-    "gamma": (float, "discount per step"),
-    "gae_lambda": (float, "weight of longer returns in the advantage estimate"),
-    "clip": (float, "PPO's clip range"),
-    "entropy": (float, "weight of the entropy bonus"),
-    "grad_clip": (float, "largest gradient norm"),
-    "torch_threads": (int, "threads of torch"),
-    "hidden_size": (int, "width of feature map, core and heads"),
-    "num_cells": (int, "DNC: cells"),
-    "cell_size": (int, "DNC: floats per cell"),
-    "num_read_heads": (int, "DNC: read heads"),
-    "stack_size": (int, "Frameconv: frames seen"),
-}
+_METAVARS = {int: "N", float: "X", str: "NAME", Path: "FOLDER"}
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Read the command line. Exits with code 2 and one line where it cannot be understood."""
+    """Read the command line and the file that it may name. Exits with code 2 and a line if they are not understood."""
     parser = argparse.ArgumentParser(
-        prog="tenuto-train", description="Train a policy with memory and publish its versions to a repository."
+        prog="tenuto-train",
+        description="Train a policy with memory and publish its versions to a repository.",
+        argument_default=argparse.SUPPRESS,  # What is not given stays that of the file, or the default.
     )
-    parser.add_argument("--env", dest="env_id", required=True, help="popgym-…-v0, a gymnasium id, or module:callable")
-    parser.add_argument("--memory", required=True, choices=MEMORIES, help="memory core")
-    parser.add_argument("--repository", type=Path, required=True, help="folder to publish versions to")
-    defaults = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
-    for name, (kind, text) in _HELP.items():
-        default = defaults[name]
-        shown = "" if "default:" in text else f"; default: {default}"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags go before it")
+    for setting in settings():
+        unset = setting.default is None or setting.default is MISSING or setting.default == ""
+        text = setting.help + ("" if unset else f" Default: {setting.default}.")
+        parser.add_argument(
+            setting.flag, dest=setting.name, type=setting.kind, metavar=_METAVARS[setting.kind],
+            help=text.replace("%", "%%").replace("``", ""),
+        )  # fmt: skip
+    given = vars(parser.parse_args(argv))
     try:
-        return TrainConfig(**vars(parser.parse_args(argv)))
-    except TrainConfigError as error:
+        file = given.pop("config", None)
+        chosen = (_read_file(file) if file else {}) | given
+        missing = [s.flag for s in settings() if s.default is MISSING and s.name not in chosen]
+        if missing:
+            parser.error(f"the following settings are required: {', '.join(missing)}")
+        return TrainConfig(**chosen)
+    except TrainerError as error:
         sys.stderr.write(f"tenuto-train: {error}\n")
-        sys.exit(TrainConfigError.exit_code)
+        sys.exit(error.exit_code)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:  # The base install cannot read TOML.
+        from tenuto_trainer import config_file
+    except ModuleNotFoundError as error:
+        raise TrainerError(_missing(error)) from error
+    return config_file.read(path)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    advice = "pip install 'tenuto[trainer]', or pip install '.[trainer]' in a clone"
+    return f"the package {error.name!r} is not installed; {advice}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from tenuto_trainer.loop import train
         from tenuto_trainer.progress import Progress
     except ModuleNotFoundError as error:
-        advice = "pip install 'tenuto[trainer]', or pip install '.[trainer]' in a clone"
-        return _fail(f"the package {error.name!r} is not installed; {advice}", TrainerError.exit_code)
+        return _fail(_missing(error), TrainerError.exit_code)
 
     try:
         with Progress(Console(), config.log_dir / config.policy) as progress:
