@@ -19,6 +19,18 @@ from tenuto_models.frameconv import FrameconvConfig, FrameconvCore
 from tenuto_models.policy import Policy, PolicyConfig
 
 Parameters = Mapping[str, NDArray[Any]]
+_BASE_CONFIG = {
+    "hidden_size": 256,
+    "preprocessor_input_size": 256,
+    "embedding_mode": "add",
+    "embedding_size": None,
+    "scale_embedding": True,
+}
+_CONFIG: dict[str, dict[str, Any]] = {
+    "DiffNC": {"read_heads": 4, "cell_size": 16, "embedding": None},
+    "Frameconv": {"stack_size": 4, "embedding": "sine"},
+}
+"""POPGym's class -> what its configuration says where nothing is given, so far as it shapes the tensors."""
 _LSTM, _INTERFACE = "core.lstm_layer_0", "core.rnn_layer_memory_shared.interface_weights"
 
 
@@ -26,19 +38,29 @@ def import_popgym(config: Mapping[str, Any], parameters: Parameters) -> Policy:
     """Build the policy that computes what POPGym's model computes.
 
     ``config`` holds ``cls`` ("DiffNC" or "Frameconv"), ``obs_dim``, ``n_act``, ``max_seq_len`` and ``cfg``, the model's
-    own configuration; ``parameters`` its tensors under POPGym's names. The spaces become a flat Box and a Discrete.
-    Raises ConfigError naming every missing or extra tensor, or the first one of a wrong shape.
+    own configuration, POPGym's defaults for what is not in it; ``parameters`` its tensors under POPGym's names. The
+    spaces become a flat Box and a Discrete. Raises ConfigError naming every missing or extra tensor, or the first one
+    of a wrong shape.
     """
-    kind, own = config["cls"], config["cfg"]
+    if (kind := config.get("cls")) not in _CONFIG:
+        raise ConfigError(f"cls: got {kind!r}, expected 'DiffNC' or 'Frameconv'")
+    if absent := sorted({"obs_dim", "n_act", "max_seq_len", "cfg"} - config.keys()):
+        raise ConfigError(f"POPGym config: missing {absent}")
+    own: dict[str, Any] = {**_BASE_CONFIG, **_CONFIG[kind], **config["cfg"]}
     hidden = own["hidden_size"]
     if kind == "DiffNC":
-        memory = DNCConfig(hidden, own["nr_cells"], own["cell_size"], own["read_heads"])
-    elif kind == "Frameconv":
-        memory = FrameconvConfig(hidden, own["stack_size"])
+        cell = own["cell_size"]
+        if not isinstance(cell, int) or not isinstance(hidden, int) or not 1 <= cell <= hidden:
+            raise ConfigError(
+                f"cell_size: got {cell!r}, expected an integer from 1 to hidden_size, which is {hidden!r}"
+            )
+        memory = DNCConfig(hidden, own.get("nr_cells", hidden // cell), cell, own["read_heads"])
     else:
-        raise ConfigError(f"cls: got {kind!r}, expected 'DiffNC' or 'Frameconv'")
-    if own["embedding"] not in (None, "sine") or own["embedding_mode"] != "add" or not own["scale_embedding"]:
-        raise ConfigError(f"embedding: got {own['embedding']!r}, expected None or an added, scaled 'sine'")
+        memory = FrameconvConfig(hidden, own["stack_size"])
+    if own["embedding"] is not None:
+        got = tuple(own[key] for key in ("embedding", "embedding_mode", "embedding_size", "scale_embedding"))
+        if got != (expected := ("sine", "add", None, True)):
+            raise ConfigError(f"embedding, its mode, size and scale: got {got}, expected {expected} or no embedding")
 
     widths = {prefix: _widths(parameters, prefix) for prefix in ("pre", "post", "actor.0", "critic.0")}
     policy = Policy(
@@ -123,7 +145,7 @@ def _widths(parameters: Parameters, prefix: str) -> tuple[int, ...]:
     layers = {
         int(match[1]): array.shape[0]
         for name, array in parameters.items()
-        if (match := re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.weight", name))
+        if (match := re.fullmatch(rf"{re.escape(prefix)}\.(\d+)\.weight", name)) and array.ndim == 2
     }
     return tuple(layers[i] for i in sorted(layers))
 
@@ -140,7 +162,7 @@ def _check(parameters: Parameters, expected: dict[str, tuple[int, ...]], ignored
 
 def _check_table(embedding: SineEmbedding, table: NDArray[Any]) -> None:
     """The frozen sine table is a formula here; refuse one that the formula does not reproduce."""
-    ours = embedding(torch.arange(table.shape[0])).numpy()
+    ours = embedding(torch.arange(len(np.atleast_1d(table)))).numpy()
     if ours.shape != table.shape or not np.allclose(ours, table, atol=1e-4):
         raise ConfigError(
             f"POPGym tensor embedding.weight: got a table of shape {table.shape} that is not the sine embedding of "

@@ -14,7 +14,7 @@ PACKAGES = {
     "tenuto_models": ("models", set()),
     "tenuto_client": ("client", {"tenuto_proto", "tenuto_envs"}),
     "tenuto_server": ("server", {"tenuto_proto", "tenuto_models"}),
-    "tenuto_trainer": ("trainer", {"tenuto_models", "tenuto_envs"}),
+    "tenuto_trainer": ("trainer", {"tenuto_models", "tenuto_envs", "tenuto_proto"}),
 }
 FORBIDDEN = {
     "tenuto_proto": {"torch", "ray"},
@@ -22,7 +22,7 @@ FORBIDDEN = {
     "tenuto_models": {"ray", "grpc"},
     "tenuto_client": {"torch", "ray"},
     "tenuto_server": {"ray"},
-    "tenuto_trainer": {"grpc"},
+    "tenuto_trainer": set(),
 }
 
 
@@ -49,8 +49,9 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
         assert not imported(path) & FORBIDDEN[package], f"{path} imports {imported(path) & FORBIDDEN[package]}"
 
 
-def test_nobody_reads_pickles() -> None:
+def test_nobody_reads_pickles_but_the_reader_that_runs_nothing() -> None:
     for folder, _ in PACKAGES.values():
         for path in (ROOT / folder).rglob("*.py"):
-            assert not imported(path) & {"pickle", "cloudpickle", "dill", "joblib"}, path
+            allowed = {"pickle"} if path.name == "inert_pickle.py" else set[str]()
+            assert not imported(path) & {"pickle", "cloudpickle", "dill", "joblib"} - allowed, path
             assert "torch.load(" not in path.read_text(), path
