@@ -20,6 +20,7 @@ from tenuto_models.dnc import DNCConfig
 from tenuto_models.embedding import SineEmbedding
 from tenuto_models.errors import ConfigError
 from tenuto_models.frameconv import FrameconvConfig
+from tenuto_models.linear import Linear
 from tenuto_models.memory import MemoryCore, State, StateSpec, TensorSpec, initial_state, state_fingerprint
 
 MEMORIES: dict[str, type[DNCConfig] | type[FrameconvConfig]] = {
@@ -123,7 +124,7 @@ class Policy(nn.Module):
         self.observation_size = spaces.flat_size(observation_space)
         self.distribution: ActionDistribution = distribution_for(action_space)
 
-        self.feature_map = nn.Linear(self.observation_size, config.feature_size)
+        self.feature_map = Linear(self.observation_size, config.feature_size)
         self.pre, core_input = _mlp(config.feature_size, config.preprocessor_widths)
         core = config.memory.build(core_input)
         self.core: MemoryCore = core
@@ -182,7 +183,7 @@ def _mlp(input_size: int, widths: tuple[int, ...]) -> tuple[nn.Sequential, int]:
     """Linear + LeakyReLU(0.01) layers, orthogonal weights; returns the stack and the width that leaves it."""
     layers: list[nn.Module] = []
     for width in widths:
-        linear = nn.Linear(input_size, width)
+        linear = Linear(input_size, width)
         nn.init.orthogonal_(linear.weight)
         layers += [linear, nn.LeakyReLU()]
         input_size = width
@@ -192,6 +193,6 @@ def _mlp(input_size: int, widths: tuple[int, ...]) -> tuple[nn.Sequential, int]:
 def _head(input_size: int, widths: tuple[int, ...], output_size: int) -> nn.Sequential:
     """A trunk as :func:`_mlp`, then a Linear drawn from N(0, 0.01²) so that a fresh policy is close to uniform."""
     trunk, width = _mlp(input_size, widths)
-    final = nn.Linear(width, output_size)
+    final = Linear(width, output_size)
     nn.init.normal_(final.weight, std=0.01)
     return nn.Sequential(*trunk, final)

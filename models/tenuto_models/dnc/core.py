@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tenuto_models.dnc.access import MemoryAccess
+from tenuto_models.dnc.scan import Scan
 from tenuto_models.errors import ConfigError
+from tenuto_models.linear import linear
 from tenuto_models.memory import State, StateSpec, TensorSpec
 
 
@@ -38,6 +39,13 @@ class DNCConfig:
     def build(self, input_size: int) -> DNCCore:
         """Return a freshly initialised core for inputs of ``input_size`` features."""
         return DNCCore(input_size, self)
+
+
+_SCANNED = (
+    ("c", True), ("memory", False), ("link_matrix", True), ("precedence", True), ("read_weights", False),
+    ("write_weights", True), ("usage_vector", False),
+)  # fmt: skip
+"""State tensors as :class:`Scan` takes them, and whether their spec has a leading 1 that it does without."""
 
 
 class DNCCore(nn.Module):
@@ -79,19 +87,29 @@ class DNCCore(nn.Module):
     def unroll(self, z: Tensor, state: State, seq_lens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Advance a padded sequence: ``z [B, T, F]`` -> ``(y [B, T, H], state after seq_lens)``.
 
-        The part of the gates that does not wait for the memory, and the output layer, are one product per sequence.
+        The same function as :meth:`step` in a loop, up to rounding, computed by :class:`Scan`. No gradient flows
+        through the returned state.
         """
-        from_input = F.linear(z, self.gates.weight[:, : self.input_size], self.gates.bias)
-        recurrent = self.gates.weight[:, self.input_size :].t()
-        states, features = [{t.name: state[t.name] for t in self.state_spec}], list[Tensor]()
-        for t in range(z.shape[1]):
-            before = states[-1]
-            carried = torch.cat([before["read_vectors"], before["h"].squeeze(1)], dim=1)
-            controller, after = self._advance(torch.addmm(from_input[:, t], carried, recurrent), before)
-            states.append(after)
-            features.append(torch.cat([controller, after["read_vectors"]], dim=1))
-        y = self.output(torch.stack(features, dim=1))
-        return y, states[-1] if seq_lens is None else _state_at(states, seq_lens)
+        read = self.output.in_features - self.output_size
+        interface, order = self.access.interface, self.access.order_by_activation
+        carried = torch.cat([state["read_vectors"], state["h"].squeeze(1)], dim=1)
+        features, carried, *scanned = Scan.apply(
+            linear(z.transpose(0, 1), self.gates.weight[:, : self.input_size], self.gates.bias),
+            self.gates.weight[:, self.input_size :],
+            interface.weight[order],
+            interface.bias[order],
+            carried,
+            *(state[name].squeeze(1) if leading else state[name] for name, leading in _SCANNED),
+        )
+        # The features are [read_vectors, h], the columns of the output layer [h, read_vectors].
+        y = linear(features, self.output.weight.roll(read, dims=1), self.output.bias).transpose(0, 1)
+        if seq_lens is None:
+            carried, *scanned = (states[-1] for states in (carried, *scanned))
+        else:
+            last, rows = seq_lens.long(), torch.arange(len(seq_lens), device=seq_lens.device)
+            carried, *scanned = (states[last, rows] for states in (carried, *scanned))
+        after = {name: s.unsqueeze(1) if leading else s for (name, leading), s in zip(_SCANNED, scanned, strict=True)}
+        return y, {"h": carried[:, read:].unsqueeze(1), "read_vectors": carried[:, :read], **after}
 
     def _advance(self, gates: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
         """LSTM pointwise part, then one memory access: gates ``[B, 4 H]`` -> ``(controller output [B, H], state)``."""
@@ -105,9 +123,3 @@ class DNCCore(nn.Module):
             "read_vectors": read_vectors,
             **memory_state,
         }
-
-
-def _state_at(states: list[dict[str, Tensor]], seq_lens: Tensor) -> dict[str, Tensor]:
-    """Pick for row b the state after its step ``seq_lens[b]``; ``states`` holds T + 1 of them."""
-    rows = torch.arange(seq_lens.shape[0], device=seq_lens.device)
-    return {name: torch.stack([s[name] for s in states])[seq_lens.long(), rows] for name in states[0]}
