@@ -14,6 +14,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
+from tenuto_trainer import import_popgym
 from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import TrainConfigError, TrainerError
 from tenuto_trainer.folders import require_writable
@@ -64,7 +65,10 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``tenuto-train`` and return its exit code."""
+    """Run ``tenuto-train``, or ``tenuto-train import-popgym``, and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["import-popgym"]:
+        return import_popgym.main(argv[1:])
     config = parse(argv)
     try:
         require_writable(config)
