@@ -33,7 +33,8 @@ _CODES: dict[int, grpc.StatusCode] = {
 """Reasons that are not here are faults of the request: INVALID_ARGUMENT."""
 
 
-_MAX_TEXT = 500
+MAX_TEXT = 500
+"""Characters of a text that leaves the server."""
 
 
 class ServerError(Exception):
@@ -49,7 +50,7 @@ class Refusal(ServerError):
 
     def __init__(self, reason: int, message: str, metadata: Mapping[str, str] | None = None) -> None:
         # Some texts quote the request; gRPC refuses to send long ones.
-        super().__init__(message if len(message) <= _MAX_TEXT else message[:_MAX_TEXT] + "…")
+        super().__init__(message if len(message) <= MAX_TEXT else message[:MAX_TEXT] + "…")
         self.reason = reason
         self.metadata = dict(metadata or {})
 

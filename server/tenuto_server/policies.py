@@ -17,6 +17,7 @@ from tenuto_server.arena import StateArena
 from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.errors import Refusal
 from tenuto_server.packed_linear import pack_linear_layers
+from tenuto_server.refused import RefusedVersions
 from tenuto_server.sessions import ReplyStore, SessionTable
 
 
@@ -113,6 +114,8 @@ class PolicyRegistry:
 
     def __init__(self) -> None:
         self._policies: dict[str, ServedPolicy] = {}
+        self.refused = RefusedVersions()
+        """Versions in the repository that are not served, also of policies that are not."""
 
     def __iter__(self):
         return iter(self._policies.values())
@@ -135,7 +138,11 @@ class PolicyRegistry:
             return next(iter(self))
         found = self._policies.get(name)
         if found is None:
-            raise Refusal(pb.POLICY_UNKNOWN, f"policy: got {name!r}, expected one of {sorted(self._policies)}")
+            metadata: dict[str, str] = {}
+            for refused in self.refused.to_wire(name)[-1:]:
+                metadata = {"refused_version": str(refused.version), "refused_message": refused.message}
+            message = f"policy: got {name!r}, expected one of {sorted(self._policies)}"
+            raise Refusal(pb.POLICY_UNKNOWN, message, metadata)
         return found
 
     def of_session(self, session_id: int) -> ServedPolicy | None:

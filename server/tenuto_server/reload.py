@@ -33,7 +33,6 @@ class Reloader:
     ) -> None:
         self._repository, self._registry, self._engine, self._metrics = repository, registry, engine, metrics
         self._capacity, self._epoch = capacity, epoch
-        self._refused: dict[tuple[str, int], object] = {}
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
 
@@ -65,19 +64,21 @@ class Reloader:
 
     async def scan(self) -> None:
         """Load the newest sound version of every policy that is newer than the one in service."""
+        present: dict[str, list[int]] = {}
         for name in await asyncio.to_thread(checkpoint.policies, self._repository):
             policy = self._registry.get(name)
             current = policy.newest.version if policy else 0
-            present = await asyncio.to_thread(checkpoint.versions, self._repository / name)
-            for version in sorted((v for v in present if v > current), reverse=True):
+            present[name] = await asyncio.to_thread(checkpoint.versions, self._repository / name)
+            for version in sorted((v for v in present[name] if v > current), reverse=True):
                 if await self._load(name, version):
                     break
+        self._registry.refused.keep_only(present)
 
     async def _load(self, name: str, version: int) -> bool:
         """Bring one version into service; False where it was refused, now or before in the same form."""
         folder = self._repository / name / str(version)
-        form = await asyncio.to_thread(_form, folder)
-        if self._refused.get((name, version)) == form:
+        form, refused = await asyncio.to_thread(_form, folder), self._registry.refused
+        if refused.holds(name, version, form):
             return False
         try:
             loaded = await asyncio.to_thread(checkpoint.read, folder)
@@ -90,16 +91,19 @@ class Reloader:
             served = await self._engine.call(lambda: policy.prepare(loaded, self._engine))
             await self._warm(served, self_test=first)
         except (CheckpointError, MismatchError, WireError) as error:
-            self._refused[name, version] = form
+            # Callers learn which version it is, not where this server keeps it.
+            message = str(error).removeprefix(f"{folder}: ").replace(str(folder), f"version {version}")
+            refused.add(name, version, form, message)
             self._metrics.checkpoints.labels(name, "refused").inc()
             log.warning("refused version %d of policy %s: %s", version, name, error)
             return False
         except Exception:
-            self._refused[name, version] = form
+            refused.add(name, version, form, "it could not be loaded; the server's log says why")
             self._metrics.checkpoints.labels(name, "failed").inc()
             log.exception("could not load version %d of policy %s", version, name)
             return False
         policy.versions[version] = served
+        refused.discard(name, version)
         if first:
             self._registry.add(policy)
             self._metrics.capacity.labels(name).set(self._capacity)

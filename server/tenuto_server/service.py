@@ -57,7 +57,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
         """Describe a policy."""
         policy = self._registry.find(request.policy_name)
-        return policy.describe(policy.find_version(request.version), self._limits, self._server_epoch)
+        described = policy.describe(policy.find_version(request.version), self._limits, self._server_epoch)
+        described.refused.extend(self._registry.refused.to_wire(policy.name))
+        return described
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
         """Lease a slot."""

@@ -4,6 +4,7 @@ TrainerError
 ├── TrainConfigError  a setting, environment or space that no training can start from
 ├── StateError        a training state that no run may go on from; a run that finds one says so and starts without it
 ├── DivergedError     training produced a loss or weights that are not finite
+├── RefusedError      the newest version was published, but the server will not serve it
 └── ImportedError     a checkpoint of RLlib's old API stack that no version can be made of
 """
 
@@ -29,6 +30,10 @@ class StateError(TrainerError):
 
 class DivergedError(TrainerError):
     """Training produced a loss or weights that are not finite; what was published before stays good."""
+
+
+class RefusedError(TrainerError):
+    """The server that the run was told of refuses the newest version; it goes on with an older one, if it has one."""
 
 
 class ImportedError(TrainerError):
