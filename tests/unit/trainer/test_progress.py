@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tenuto_models import Evaluation, TrainingProgress
 from tenuto_trainer.progress import IterationReport, Progress
@@ -62,3 +63,28 @@ def test_last_words_stand_below_the_last_iteration_of_a_terminal(tmp_path: Path)
         progress.end("stopped: enough")
     shown = screen.getvalue()
     assert shown.rindex("iteration    2  v2") < shown.index("stopped: enough")
+
+
+def _curve(log_dir: Path, tag: str) -> list[tuple[int, float]]:
+    """The curve as TensorBoard shows it."""
+    events = EventAccumulator(str(log_dir))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_curves_of_a_restarted_run_do_not_overlap_those_before_it(tmp_path: Path):
+    evaluation = Evaluation(4, 0.5, 0.25, 0.0, 1.0)
+    for start, returns in ((0, (0.0, 0.25, 0.5)), (20, (0.75, 1.0))):
+        with Progress(Console(file=io.StringIO()), tmp_path) as progress:
+            progress.begin(TrainingProgress(start, start // 10, evaluation=None if start else evaluation))
+            for n, return_mean in enumerate(returns, start=1 + start // 10):
+                progress.iteration(_report(TrainingProgress(10 * n, n, return_mean, evaluation=evaluation), 1))
+    assert _curve(tmp_path, "return/mean") == [(10, 0.0), (20, 0.25), (30, 0.75), (40, 1.0)]
+    assert _curve(tmp_path, "evaluation/return_mean") == [(step, 0.5) for step in (0, 10, 20, 30, 40)]
+    assert _curve(tmp_path, "evaluation/return_std")[-1] == (40, 0.25)
+
+
+def test_iteration_is_on_disk_as_soon_as_it_was_shown(tmp_path: Path):
+    with Progress(Console(file=io.StringIO()), tmp_path) as progress:
+        progress.iteration(_report(TrainingProgress(10, 1, 0.5), 1))
+        assert _curve(tmp_path, "return/mean") == [(10, 0.5)]  # A kill may come now.

@@ -1,0 +1,108 @@
+"""Evaluation plays whole episodes greedily, on seeds of its own, as anybody would who plays them one by one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import tenuto_envs
+import tiny_training
+from tenuto_models import Policy, PolicyConfig
+from tenuto_trainer.config import MAX_SEED
+from tenuto_trainer.evaluation import FIRST_SEED, evaluate
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the trainer; threads that wait for each other make single steps slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _policy(env_id: str, memory: str = "dnc") -> Policy:
+    """A policy with opinions: a fresh one is so close to uniform that its state would hardly matter."""
+    torch.manual_seed(0)
+    env = tenuto_envs.make(env_id)
+    policy = Policy(env.observation_space, env.action_space, tiny_training.config(memory).policy_config())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(3)
+    return policy
+
+
+def _play_alone(policy: Policy, env_id: str, seed: int) -> float:
+    env = tenuto_envs.make(env_id)
+    observation, _ = env.reset(seed=seed)
+    state, total, done = policy.initial_state(1), 0.0, False
+    with torch.no_grad():
+        while not done:
+            flat = spaces.flatten(env.observation_space, observation)
+            output, state = policy.step(torch.as_tensor(flat[None], dtype=torch.float32), state)
+            action = policy.distribution.to_space(policy.distribution.greedy(output.logits))[0].numpy()
+            observation, reward, terminated, truncated, _ = env.step(action[()])
+            total, done = total + float(reward), terminated or truncated
+    return total
+
+
+@pytest.mark.parametrize("memory", ["dnc", "frameconv"])
+@pytest.mark.parametrize("env_id", [tiny_training.REPEAT, "popgym-PositionOnlyCartPoleEasy-v0"])
+def test_returns_are_those_of_episodes_that_are_played_one_by_one(env_id: str, memory: str):
+    """On CartPole they end at different times, and each must keep its own state; 35 are more than play at once."""
+    policy = _policy(env_id, memory)
+    found = evaluate(policy, env_id, 35, 1000)
+    returns = [_play_alone(policy, env_id, FIRST_SEED + n) for n in range(35)]
+    assert len(set(returns)) > 2
+    assert (found.episodes, found.episodes_cut) == (35, 0)
+    assert found.return_mean == pytest.approx(np.mean(returns))
+    assert found.return_std == pytest.approx(np.std(returns))
+    assert (found.return_min, found.return_max) == pytest.approx((min(returns), max(returns)))
+    assert evaluate(policy, env_id, 35, 1000) == found
+
+
+class Endless(gymnasium.Env[Any, Any]):
+    """Pays 1 a step; every fourth episode ends after 2 steps, the others never."""
+
+    seeds: list[int] = []  # noqa: RUF012  # Of all environments of a test.
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        assert seed is not None
+        self.seeds.append(seed)
+        self._left = 2 if seed % 4 == 0 else 10**9
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._left -= 1
+        return np.zeros(2, np.float32), 1.0, self._left == 0, False, {}
+
+
+def test_episode_that_does_not_end_is_cut_and_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Endless, "seeds", [])
+    env = Endless()
+    policy = Policy(env.observation_space, env.action_space, PolicyConfig.for_memory("dnc", feature_size=4))
+    monkeypatch.setattr("tenuto_trainer.evaluation.make", lambda _: Endless())
+    found = evaluate(policy, "endless", 8, 5)
+    assert found.episodes_cut == 6
+    assert (found.return_min, found.return_max, found.return_mean) == (2, 5, (2 * 2 + 6 * 5) / 8)
+    assert sorted(Endless.seeds) == list(range(FIRST_SEED, FIRST_SEED + 8))
+    assert (
+        FIRST_SEED > MAX_SEED + 100_000_000
+    )  # RLlib counts up from the seed of training, by workers and environments.
+
+
+def test_evaluation_leaves_policy_and_random_numbers_alone():
+    policy = _policy(tiny_training.REPEAT)
+    weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    random = torch.get_rng_state(), np.random.get_state()[1]
+    evaluate(policy, tiny_training.REPEAT, 3, 100)
+    assert torch.equal(torch.get_rng_state(), random[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], random[1])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.state_dict().items())
+    assert all(parameter.grad is None for parameter in policy.parameters())
