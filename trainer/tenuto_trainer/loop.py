@@ -16,6 +16,7 @@ from tenuto_envs import make
 from tenuto_models import Policy, TrainingProgress
 from tenuto_trainer import config_file
 from tenuto_trainer.config import MAX_SEED, TrainConfig
+from tenuto_trainer.folders import sweep
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config, uses_gpu
 from tenuto_trainer.progress import IterationReport, Progress, scalars_of
 from tenuto_trainer.resume import find_start
@@ -61,6 +62,7 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
         stop.listen()
         ppo = ppo_config(config, observation_space, action_space, start)
         with build_algorithm(ppo, start.state) as (algorithm, publisher):
+            sweep(config.repository / config.policy)
             config_file.write(config.log_dir / config.policy / config_file.FILE, config)
             if start.refused:
                 progress.note(f"the training state is not used: {start.refused}")
