@@ -1,8 +1,9 @@
 """The policy as an RLModule of RLlib's new API stack: the only file that knows RLlib's shape rules.
 
 Legend: B environments, R rows (chunks of episodes), T = max_seq_len, O flattened observation, K logits.
-The rules: sampling sees ``obs [B, 1, O]`` with a state of one leaf per tensor ``[B, ...]``; training sees
-``obs [R, T, O]``, zero-padded on the right, with the state before each row's first step.
+The rules: sampling sees ``obs [B, 1, O]`` with a state of leaves ``[B, ...]``; training sees ``obs [R, T, O]``,
+zero-padded on the right, with the state before each row's first step. RLlib's connectors take every leaf of every
+environment apart at every step, so all float tensors of a state travel as one row.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCateg
 from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
+from torch.nn import functional as F
 
 from tenuto_models import Policy, PolicyConfig, State, checkpoint, spaces
+from tenuto_models.policy import STEP_COUNTER
 
 _PREFIX = "policy."
+_COUNTER = STEP_COUNTER.name
 # Its get_partial_dist_cls is a class method that is annotated as one of an instance.
 _MultiCategorical = cast(Any, TorchMultiCategorical)
 
@@ -66,30 +70,48 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         config: Mapping[str, Any] = self.model_config
         start_from = config["start_from"]
         self.policy = checkpoint.read(Path(start_from)).policy if start_from else _fresh_policy(config)
+        self._packed = [spec for spec in self.policy.state_spec if spec.name != _COUNTER]
         # RLlib's own choice covers Discrete (TorchCategorical) and Box (TorchDiagGaussian).
         if isinstance(self.action_space, gym_spaces.MultiDiscrete):
             self.action_dist_cls = _MultiCategorical.get_partial_dist_cls(input_lens=self.action_space.nvec.tolist())
 
     def get_initial_state(self) -> dict[str, NDArray[Any]]:
         """Return the state of one fresh episode, without a batch dimension."""
-        return {name: tensor[0].numpy() for name, tensor in _to_rllib(self.policy.initial_state(1)).items()}
+        return {name: tensor[0].numpy() for name, tensor in self.pack_state(self.policy.initial_state(1)).items()}
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Sample one step: ``obs [B, 1, O]`` -> ``action_dist_inputs [B, 1, K]`` and the state after it."""
-        output, state = self.policy.step(batch[Columns.OBS][:, 0], _from_rllib(batch[Columns.STATE_IN]))
+        output, state = self.policy.step(batch[Columns.OBS][:, 0], self.unpack_state(batch[Columns.STATE_IN]))
         return {
             Columns.ACTION_DIST_INPUTS: output.logits.unsqueeze(1),
-            Columns.STATE_OUT: _to_rllib(state),
+            Columns.STATE_OUT: self.pack_state(state),
         }
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Recompute whole rows: ``obs [R, T, O]`` -> ``action_dist_inputs [R, T, K]``, ``embeddings [R, T]``.
 
-        The embeddings are the values themselves: the critic shares the memory core with the actor. The state after
-        a row is not asked for, so ``seq_lens`` is not needed; RLlib masks the padding in the loss.
+        The embeddings are the values themselves: the critic shares the memory core with the actor. Steps beyond the
+        longest row are padding of all rows: they are not computed and come out as zeros. RLlib masks what padding is
+        left in the loss, and the state after a row is not asked for.
         """
-        output, _ = self.policy.unroll(batch[Columns.OBS], _from_rllib(batch[Columns.STATE_IN]))
-        return {Columns.ACTION_DIST_INPUTS: output.logits, Columns.EMBEDDINGS: output.value}
+        observations, state = batch[Columns.OBS], self.unpack_state(batch[Columns.STATE_IN])
+        padding = observations.shape[1] - int(batch[Columns.SEQ_LENS].max())
+        output, _ = self.policy.unroll(observations[:, : observations.shape[1] - padding], state)
+        return {
+            Columns.ACTION_DIST_INPUTS: F.pad(output.logits, (0, 0, 0, padding)),
+            Columns.EMBEDDINGS: F.pad(output.value, (0, padding)),
+        }
+
+    def pack_state(self, state: State) -> dict[str, Tensor]:
+        """Pack the float tensors of a state as ``[B, row]``; make the counter int32, as the connectors would."""
+        parts = [state[spec.name].flatten(1) for spec in self._packed]
+        return {"packed": torch.cat(parts, dim=1), _COUNTER: state[_COUNTER].to(torch.int32)}
+
+    def unpack_state(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo :meth:`pack_state`."""
+        parts = leaves["packed"].split([spec.num_elements for spec in self._packed], dim=1)
+        state = {spec.name: part.unflatten(1, spec.shape) for spec, part in zip(self._packed, parts, strict=True)}
+        return {**state, _COUNTER: leaves[_COUNTER].long()}
 
     def compute_values(self, batch: dict[str, Any], embeddings: Tensor | None = None) -> Tensor:
         """Values ``[R, T]``: those of the training forward, or, without them, computed without gradients.
@@ -108,12 +130,3 @@ def _fresh_policy(model_config: Mapping[str, Any]) -> Policy:
         spaces.from_json(model_config["action_space"]),
         PolicyConfig.from_json(model_config["policy"]),
     )
-
-
-def _to_rllib(state: State) -> dict[str, Tensor]:
-    """Narrow the step counter to int32, which RLlib's connectors would do on their own behind our back."""
-    return {**state, "t": state["t"].to(torch.int32)}
-
-
-def _from_rllib(state: State) -> dict[str, Tensor]:
-    return {**state, "t": state["t"].long()}

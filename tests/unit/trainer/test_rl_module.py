@@ -70,20 +70,21 @@ def test_sampling_forward_is_exactly_the_policys_step(memory: str):
     state["t"] += 7
     with torch.no_grad():
         expected, after = policy.step(observation, state)
-    out = module.forward_exploration(
-        {Columns.OBS: observation.unsqueeze(1), Columns.STATE_IN: {**state, "t": state["t"].int()}}
-    )
+    batch = {Columns.OBS: observation.unsqueeze(1), Columns.STATE_IN: module.pack_state(state)}
+    out = module.forward_exploration(batch)
+    got = module.unpack_state(out[Columns.STATE_OUT])
     assert torch.equal(out[Columns.ACTION_DIST_INPUTS], expected.logits.unsqueeze(1))
-    assert out[Columns.STATE_OUT].keys() == after.keys()
-    assert all(torch.equal(out[Columns.STATE_OUT][name].to(x.dtype), x) for name, x in after.items())
+    assert got.keys() == after.keys()
+    assert all(torch.equal(got[name], x) for name, x in after.items())
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_initial_state_is_the_policys_without_a_batch_dimension(memory: str):
     module = tiny_training.Training(tiny_training.config(memory)).module
-    state = module.get_initial_state()
-    assert [(name, x.shape) for name, x in state.items()] == [(s.name, s.shape) for s in module.policy.state_spec]
-    assert state["t"].dtype == np.int32
+    leaves = module.get_initial_state()
+    assert leaves["t"].dtype == np.int32
+    state = module.unpack_state({name: torch.from_numpy(x).unsqueeze(0) for name, x in leaves.items()})
+    assert {name: x.shape for name, x in state.items()} == {s.name: (1, *s.shape) for s in module.policy.state_spec}
     assert not any(x.any() for x in state.values())
 
 
