@@ -37,6 +37,11 @@ MAX_TEXT = 500
 """Characters of a text that leaves the server."""
 
 
+def shortened(text: str) -> str:
+    """Cut a text that is to leave the server."""
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"
+
+
 class ServerError(Exception):
     """Base of every error that the server raises on purpose."""
 
@@ -50,7 +55,7 @@ class Refusal(ServerError):
 
     def __init__(self, reason: int, message: str, metadata: Mapping[str, str] | None = None) -> None:
         # Some texts quote the request; gRPC refuses to send long ones.
-        super().__init__(message if len(message) <= MAX_TEXT else message[:MAX_TEXT] + "…")
+        super().__init__(shortened(message))
         self.reason = reason
         self.metadata = dict(metadata or {})
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tenuto_models import Checkpoint
+from tenuto_models import Checkpoint, StateSpec
 from tenuto_proto import ObservationCodec, space_to_wire
 from tenuto_proto.tensors import WIRE_DTYPES
 from tenuto_proto.v1 import policy_pb2 as pb
@@ -55,7 +55,7 @@ class ServedPolicy:
         for what, got, expected in (
             ("observation space", policy.observation_space, self.observation_space),
             ("action space", policy.action_space, self.action_space),
-            ("state", policy.state_spec, self.state_spec),
+            ("state", _as_text(policy.state_spec), _as_text(self.state_spec)),
         ):
             if got != expected:
                 raise MismatchError(f"{what}: got {got}, expected {expected}, as in the versions being served")
@@ -107,6 +107,11 @@ class ServedPolicy:
             limits=limits,
             server_epoch=server_epoch,
         )
+
+
+def _as_text(spec: StateSpec) -> str:
+    """``h float32 [1, 16], t int64 [1]``."""
+    return ", ".join(f"{t.name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in spec)
 
 
 class PolicyRegistry:

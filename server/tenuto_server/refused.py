@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tenuto_proto.v1 import policy_pb2 as pb
-from tenuto_server.errors import MAX_TEXT
+from tenuto_server.errors import shortened
 
 MAX_LISTED = 16
 """Refused versions of one policy in one answer; the newest ones."""
@@ -28,7 +28,7 @@ class RefusedVersions:
     def add(self, name: str, version: int, form: object, message: str) -> None:
         """Keep a version out. ``message`` is for whoever may call the server."""
         # A manifest can hold, and a text quote, half a surrogate pair, which no message can carry.
-        sendable = message[:MAX_TEXT].encode(errors="replace").decode()
+        sendable = shortened(message).encode(errors="replace").decode()
         self._of.setdefault(name, {})[version] = _Refused(form, sendable)
 
     def holds(self, name: str, version: int, form: object) -> bool:

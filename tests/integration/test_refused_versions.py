@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gymnasium import spaces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tenuto_envs
 from serving import ServerProcess, publish, small_policy, wait_until
 from tenuto_proto.v1 import policy_pb2 as pb
-from tenuto_trainer import TrainerError
+from tenuto_trainer import TrainConfigError, TrainerError
 from tenuto_trainer.errors import RefusedError
 from tenuto_trainer.served import ServerWatch
+from tiny_training import REPEAT, config
 from wire import refused
 
 
@@ -161,3 +167,55 @@ def test_without_an_address_nothing_is_asked() -> None:
     with ServerWatch(None, "policy") as watch:
         watch.published(1)
         assert (watch.news(), watch.scalars(), watch.conclude()) == ([], {}, None)
+
+
+@pytest.mark.parametrize(
+    "server", ["localhost", "localhost:", ":50051", "localhost:http", "http://localhost:50051", ""]
+)
+def test_an_address_at_which_no_server_can_be_is_refused_at_once(server: str) -> None:
+    with pytest.raises(TrainConfigError, match=r"^server: got .*, expected host:port$"):
+        config(server=server)
+
+
+def run_training(tmp_path: Path, server: ServerProcess, *flags: str) -> subprocess.CompletedProcess[str]:
+    """``tenuto-train`` for an iteration, which publishes a version before and one after it."""
+    command = [str(Path(sys.executable).with_name("tenuto-train")), "--env", REPEAT, "--memory", "dnc"]
+    command += ["--repository", str(tmp_path), "--log-dir", str(tmp_path / "log"), "--server", server.address]
+    command += [
+        "--policy",
+        "policy",
+        "--iterations",
+        "1",
+        "--num-envs",
+        "4",
+        "--batch-size",
+        "128",
+        "--num-epochs",
+        "1",
+    ]
+    command += ["--minibatch-size", "128", "--hidden-size", "16", "--seed", "0", "--evaluation-episodes", "0", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+
+def test_a_training_ends_with_the_version_that_the_server_serves(server: ServerProcess, tmp_path: Path) -> None:
+    done = run_training(tmp_path, server)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["stopped: 1 iterations done; newest version is 2", f"{server.address} serves version 2"]
+    events = EventAccumulator(str(tmp_path / "log" / "policy")).Reload()
+    assert next(e.value for e in events.Scalars("checkpoint/served_version")) in (0, 1)
+    assert [e.value for e in events.Scalars("checkpoint/refused_versions")] == [0]
+
+
+def test_a_training_whose_newest_version_is_refused_says_so_and_fails(server: ServerProcess, tmp_path: Path) -> None:
+    """Another kind of memory under a name that the server serves already."""
+    env = tenuto_envs.make(REPEAT)
+    publish(tmp_path, small_policy("frameconv", env.observation_space, env.action_space))
+    wait_until(lambda: newest_is(server, 1), "version 1")
+    shutil.rmtree(tmp_path / "policy")
+    done = run_training(tmp_path, server)
+    assert done.returncode == 1
+    [error] = done.stderr.splitlines()
+    assert error.startswith(f"tenuto-train: {server.address} refuses version 2: state: got ")
+    assert error.endswith("as in the versions being served")
+    assert "stopped: 1 iterations done; newest version is 2" in done.stdout.splitlines()

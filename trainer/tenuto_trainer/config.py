@@ -18,6 +18,7 @@ LEARNER_DEVICES = ("cpu", "cuda", "auto")
 MAX_SEED = 2**30
 """Seeds of training are below it; those of evaluation lie far above."""
 _POLICY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_HOST_PORT = r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/@\[\]]+):[1-9][0-9]{0,4}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class TrainConfig:
     """Iterations between two publications, whatever the return."""
     publish_gain: float = 0.05
     """Rise of the mean episode return over the best published one that is worth a version at once."""
+    server: str | None = None
+    """Server of this repository, as host:port, which is asked whether it serves what is published; None: nobody is."""
     log_dir: Path = Path("runs")
     """Folder for TensorBoard event files and the effective configuration, one folder per policy below it."""
     seed: int | None = None
@@ -99,6 +102,8 @@ class TrainConfig:
             raise TrainConfigError(
                 f"policy: got {self.policy!r}, expected letters, digits, '.', '_' or '-', at most 128"
             )
+        if self.server is not None and not re.fullmatch(_HOST_PORT, self.server):
+            raise TrainConfigError(f"server: got {self.server!r}, expected host:port")
         if self.memory not in MEMORIES:
             raise TrainConfigError(f"memory: got {self.memory!r}, expected one of {', '.join(MEMORIES)}")
         if self.learner_device not in LEARNER_DEVICES:

@@ -20,6 +20,7 @@ from tenuto_trainer.folders import sweep
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config, uses_gpu
 from tenuto_trainer.progress import IterationReport, Progress, scalars_of
 from tenuto_trainer.resume import find_start
+from tenuto_trainer.served import ServerWatch
 
 
 class StopSignal:
@@ -43,7 +44,8 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
 
     Leaves the effective configuration, with the seed that was drawn, in the log folder.
     Sets torch's threads and the handlers of SIGINT and SIGTERM for the whole process.
-    Raises EnvError, ConfigError or TrainConfigError before Ray starts; CheckpointError or DivergedError while training.
+    Raises EnvError, ConfigError or TrainConfigError before Ray starts; CheckpointError or DivergedError while training,
+    RefusedError at its end.
     """
     env = make(config.env_id)
     observation_space, action_space = env.observation_space, env.action_space
@@ -58,7 +60,7 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     torch.set_num_threads(config.torch_threads)
     stop = StopSignal()
     stop.listen()
-    with local_ray(config):
+    with local_ray(config), ServerWatch(config.server, config.policy) as watch:
         stop.listen()
         ppo = ppo_config(config, observation_space, action_space, start)
         with build_algorithm(ppo, start.state) as (algorithm, publisher):
@@ -70,24 +72,29 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
             progress.begin(publisher.progress)
             reason = _reason_to_stop(config, stop, publisher.progress)
             while reason is None:
+                watch.published(publisher.version)
                 began, steps_before = time.monotonic(), publisher.progress.env_steps
                 result = algorithm.train()
                 duration = time.monotonic() - began
                 reason = _reason_to_stop(config, stop, publisher.progress)
                 if reason is not None:  # Before the last line, which is to name the version that stays.
                     publisher.publish(algorithm)
+                for news in watch.news():
+                    progress.note(news)
                 progress.iteration(
                     IterationReport(
                         progress=publisher.progress,
                         version=publisher.version,
                         evaluation=publisher.evaluation,
                         steps_per_second=(publisher.progress.env_steps - steps_before) / duration,
-                        scalars=scalars_of(result, DEFAULT_MODULE_ID),
+                        scalars=scalars_of(result, DEFAULT_MODULE_ID) | watch.scalars(),
                     )
                 )
             publisher.publish(algorithm)  # What a run that was killed had not published.
             progress.end(f"stopped: {reason}; newest version is {publisher.version}")
-            progress.end(f"serve it: tenuto-serve --repository {shlex.quote(str(config.repository))}")
+            watch.published(publisher.version)
+            advice = f"serve it: tenuto-serve --repository {shlex.quote(str(config.repository))}"
+            progress.end(watch.conclude() or advice)
             return publisher.progress
 
 

@@ -1,8 +1,9 @@
 """``tenuto-train``: reads the command line and its file of settings, runs one training, turns errors into exit codes.
 
-Exit codes: 0 the run ended as asked or by a signal, 1 it failed or a package is missing, 2 the command line, a folder
-or the environment cannot be used. Nothing is written but the repository, the log folder and, while the run lasts, a
-folder below TMPDIR; there torch also makes its cache folder, torchinductor_<user>, which stays.
+Exit codes: 0 the run ended as asked or by a signal, 1 it failed, a package is missing or the server refuses the newest
+version, 2 the command line, a folder or the environment cannot be used. Nothing is written but the repository, the log
+folder and, while the run lasts, a folder below TMPDIR; there torch also makes its cache folder, torchinductor_<user>,
+which stays.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def test_every_setting_has_a_flag_and_its_default():
     assert parse(NEEDED) == TrainConfig(tiny_training.REPEAT, "dnc", Path("r"))
     given: dict[str, Any] = {
         "env_id": "e", "memory": "frameconv", "policy": "q", "repository": Path("s"), "log_dir": Path("l"),
-        "learner_device": "auto",
+        "learner_device": "auto", "server": "localhost:50051",
     }  # fmt: skip
     for field in fields(TrainConfig):
         given.setdefault(field.name, 64 if "int" in str(field.type) else 0.5)
