@@ -126,6 +126,16 @@ class _Scalar:
         pass
 
 
+class _Encoded:
+    """Bytes as pickle protocols below 3 write them: ``(text, "latin1")``."""
+
+    def __new__(cls, text: Any = None, encoding: Any = None) -> Any:
+        return text.encode("latin1") if isinstance(text, str) and encoding == "latin1" else None
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def numbers_from(raw: Any, dtype: Any, shape: Any) -> Array:
     """Return the array of a shape that bytes and a dtype, "<f4" or one out of a pickle, stand for."""
     if isinstance(dtype, str):
@@ -139,6 +149,7 @@ _ALLOWED: dict[tuple[str, str], type] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
+    ("_codecs", "encode"): _Encoded,
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): Array,
     **{
