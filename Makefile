@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-training study clean
 
 help:  ## Show this menu.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed  ## Install everything into .venv.
 
@@ -55,6 +55,18 @@ serve: install  ## Serve ./repository.
 
 bench: install  ## Measure the server beside its floors, a few minutes; prints one table.
 	$(BIN)/python bench/serving.py
+
+# The seed's classes need the package dnc, which asks for one that exists no more and that it does not use.
+$(VENV)/study: install
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[study]'
+	$(BIN)/pip install --quiet --no-deps dnc==1.1.0
+	touch $@
+
+bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.
+	$(BIN)/python -W ignore bench/training.py
+
+study: $(VENV)/study  ## Train all algorithms on four environments, hours; goes on where it was stopped.
+	$(BIN)/python bench/learning/study.py
 
 clean:  ## Remove what make made.
 	rm -rf $(VENV) .venv-proto runs dist build

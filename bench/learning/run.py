@@ -1,6 +1,6 @@
 """Trains one algorithm on one environment and writes a line of JSON per iteration.
 
-    python bench/learning/run.py --algorithm dnc --env popgym-RepeatPreviousEasy-v0 --seed 0 --steps 300000 --out run.jsonl
+    python bench/learning/run.py --algorithm dnc --env popgym-RepeatPreviousEasy-v0 --seed 0 --out run.jsonl
 
 The file appears when the run is complete, so that one which was cut off is begun again. Returns are means over the last
 100 episodes, as RLlib counts them, with actions drawn as in training; the last line holds the whole run's figures.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -57,7 +56,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     whole = options.out.with_suffix(".partial")
     whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(whole, options.out)
+    whole.replace(options.out)
 
 
 if __name__ == "__main__":
