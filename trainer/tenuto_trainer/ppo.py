@@ -40,8 +40,10 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 
 
 @contextmanager
-def local_ray(config: TrainConfig) -> Generator[None]:
+def local_ray(config: TrainConfig, num_cpus: int | None = None) -> Generator[None]:
     """Run a Ray of our own on this machine, without dashboard, usage statistics or chatter; shut it down at the end.
+
+    ``num_cpus`` is what Ray shares out among its processes; None: enough for one run.
 
     Does not touch RAY_AUTH_MODE: Ray's default keeps other users of the machine out of its ports. Sets RAY_AUTH_TOKEN
     for this process and its children if nobody did: without it Ray writes a token to the home folder.
@@ -56,7 +58,7 @@ def local_ray(config: TrainConfig) -> Generator[None]:
         try:
             ray.init(
                 address="local",
-                num_cpus=1 + config.num_env_runners,
+                num_cpus=num_cpus or 1 + config.num_env_runners,
                 num_gpus=int(uses_gpu(config)),
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
