@@ -4,11 +4,13 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tenuto_models import Checkpoint, checkpoint
@@ -116,3 +118,13 @@ def test_killed_training_goes_on_with_its_curve_its_best_return_and_its_optimize
     assert best_curve == sorted(best_curve)
     assert best_curve[-1] == pytest.approx(end.progress.best_return)
     assert _curve(tmp_path, "evaluation/return_mean")[0][0] == 0
+
+    # As if it had been killed for the last time between the state and the version that was due.
+    shutil.rmtree(tmp_path / "r" / "p" / str(len(versions)))
+    output, errors = _start(tmp_path).communicate(timeout=120)
+    assert errors == ""
+    assert output.splitlines()[-2] == f"stopped: {ITERATIONS} iterations done; newest version is {len(versions)}"
+    again = _versions(tmp_path)[-1]
+    assert again.training.iteration == ITERATIONS
+    pairs = zip(again.policy.state_dict().values(), versions[-1].policy.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

@@ -4,15 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 
 import tenuto_envs
 import tiny_training
 from tenuto_models import CheckpointError, PolicyConfig, TrainingProgress, checkpoint
 from tenuto_trainer import DivergedError, TrainConfig, TrainConfigError
+from tenuto_trainer.evaluation import evaluate
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config
 from tenuto_trainer.publish import CheckpointPublisher
 from tenuto_trainer.resume import find_start
@@ -22,8 +24,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*Overriding environment rllib-s
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_running() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # As in the trainer; threads that wait for each other take seconds.
     with local_ray(tiny_training.config(num_env_runners=1)):
         yield
+    torch.set_num_threads(before)
 
 
 @contextmanager
@@ -32,7 +37,8 @@ def _algorithm(settings: TrainConfig) -> Iterator[tuple[Algorithm, CheckpointPub
     env = tenuto_envs.make(settings.env_id)
     where = settings.repository, settings.policy, env.observation_space, env.action_space
     start = find_start(*where, settings.policy_config())
-    with build_algorithm(ppo_config(settings, env.observation_space, env.action_space, start)) as built:
+    ppo = ppo_config(settings, env.observation_space, env.action_space, start)
+    with build_algorithm(ppo, start.state) as built:
         yield built
 
 
@@ -104,6 +110,63 @@ def test_restarted_run_goes_on_and_does_not_republish_a_worse_best(tmp_path: Pat
     assert checkpoint.read(tmp_path / "p" / "3").training == replace(
         publisher.progress, env_steps=600, iteration=6, return_mean=0.6
     )
+
+
+def test_best_published_return_outlives_a_run_that_published_nothing(tmp_path: Path):
+    settings = _config(tmp_path, publish_every=1000, publish_gain=0.05)
+    with _algorithm(settings) as (algorithm, publisher):
+        _report(publisher, algorithm, 1, 0.2)  # Of the untrained policy, which is version 1.
+        _report(publisher, algorithm, 2, 0.1)
+    with _algorithm(settings) as (algorithm, publisher):
+        assert (publisher.progress.iteration, publisher.progress.best_return) == (2, 0.2)
+        _report(publisher, algorithm, 1, 0.24)
+        assert publisher.version == 1
+        _report(publisher, algorithm, 2, 0.28)
+        assert publisher.version == 2
+
+
+def test_publications_are_due_by_the_iterations_of_all_runs(tmp_path: Path):
+    settings = _config(tmp_path, publish_every=3, publish_gain=100.0)
+    with _algorithm(settings) as (algorithm, publisher):
+        _report(publisher, algorithm, 2, 0.0)
+        assert publisher.version == 1
+    with _algorithm(settings) as (algorithm, publisher):
+        _report(publisher, algorithm, 1, 0.0)
+        assert publisher.version == 2
+
+
+def test_every_version_is_evaluated_with_the_very_policy_that_is_written(tmp_path: Path):
+    settings = _config(tmp_path, publish_every=3, evaluation_episodes=3, lr=0.1)
+    with _algorithm(settings) as (algorithm, publisher):
+        assert publisher.evaluation == publisher.progress.evaluation
+        algorithm.train()
+        publisher.publish(algorithm)
+        assert publisher.evaluation == publisher.progress.evaluation
+        _report(publisher, algorithm, 2, -1.0)
+        assert publisher.progress.evaluation is None  # Nobody looked at these weights.
+        last = publisher.evaluation
+    found = [checkpoint.read(tmp_path / "p" / version) for version in ("1", "2")]
+    for version in found:
+        assert version.training.evaluation == evaluate(version.policy, settings.env_id, 3, 2048)
+    assert found[0].training.evaluation != found[1].training.evaluation == last
+    with _algorithm(settings) as (_, publisher):
+        assert publisher.evaluation == last
+
+
+def test_restored_weights_reach_the_processes_that_step_environments(tmp_path: Path):
+    settings = _config(tmp_path, publish_every=1000, num_env_runners=1)
+    with _algorithm(settings) as (algorithm, _):
+        algorithm.train()
+        trained = _weights(algorithm)
+    assert checkpoint.versions(tmp_path / "p") == [1]
+    with _algorithm(replace(settings, seed=1)) as (algorithm, publisher):
+        assert _same(_weights(algorithm), trained)
+        assert algorithm.env_runner_group is not None
+        (runner,) = algorithm.env_runner_group.foreach_env_runner("get_state", local_env_runner=False)
+        sampling = runner[COMPONENT_RL_MODULE]
+        assert all(np.array_equal(sampling[f"policy.{name}"], tensor.numpy()) for name, tensor in trained.items())
+        algorithm.train()
+        assert (publisher.progress.iteration, publisher.progress.env_steps) == (2, 1024)
 
 
 def _report(publisher: CheckpointPublisher, algorithm: Algorithm, iteration: int, return_mean: float) -> None:
