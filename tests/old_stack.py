@@ -1,5 +1,6 @@
 """POPGym's classes as tenuto offers them, small: built without Ray running, and trained by RLlib's old API stack."""
 
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.algorithms.ppo import PPOConfig
+from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.models import ModelCatalog
 from ray.tune.registry import register_env
 
@@ -46,14 +47,21 @@ def lively(model: BaseModel, rows: int) -> list[torch.Tensor]:
         return model({"obs": observations}, batched(model, rows), torch.full((rows,), 4))[1]
 
 
+class _PPO(PPO):
+    """PPO without the folder that it makes for itself in ~/ray_results."""
+
+    def _setup_logdir(self) -> None:
+        self._logdir = tempfile.gettempdir()
+
+
 @contextmanager
 def ppo(cls: type[BaseModel], env_id: str, model: dict[str, Any], **training: Any) -> Generator[Algorithm]:
     """PPO of the old API stack with one local worker; needs a running Ray."""
     ModelCatalog.register_custom_model(cls.__name__, cls)
     register_env("old-stack", lambda _: tenuto_envs.make(env_id))
-    settings = {"train_batch_size": 256, "minibatch_size": 128, "num_epochs": 1, "lr": 1e-3, **training}
+    settings = {"train_batch_size": 128, "minibatch_size": 64, "num_epochs": 1, "lr": 1e-3, **training}
     config = (
-        PPOConfig()
+        PPOConfig(algo_class=_PPO)
         .api_stack(enable_rl_module_and_learner=False, enable_env_runner_and_connector_v2=False)
         .environment("old-stack", disable_env_checking=True)
         .env_runners(num_env_runners=0, num_envs_per_env_runner=4)
