@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenuto_models.dnc import addressing
-from tenuto_models.dnc.scan import interface_order
+from tenuto_models.dnc.tape import interface_order
 from tenuto_models.memory import State, StateSpec, TensorSpec
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tenuto_models import DNCConfig
 from tenuto_models.dnc import DNCCore
-from tenuto_models.dnc.scan import Tape
+from tenuto_models.dnc.tape import Tape
 from tenuto_models.linear import Linear, multiplier, product
 from tenuto_models.memory import State, initial_state
 
@@ -50,14 +50,16 @@ def test_values_and_all_gradients_equal_those_of_the_loop(sizes: tuple[int, ...]
     before = used_state(core) if start == "used" else initial_state(core.state_spec, B)
     before = {name: tensor.double().clone().requires_grad_() for name, tensor in before.items()}
     z = torch.randn(B, T, F, dtype=torch.float64, requires_grad=True)
-    inputs = dict(core.named_parameters()) | {"z": z} | before
+    # Cells that are all alike are interchangeable: of a fresh memory only what does not name a cell is unique.
+    compared = before.keys() if start == "used" else {"h", "c", "read_vectors"}
+    inputs = dict(core.named_parameters()) | {"z": z} | {name: before[name] for name in compared}
     towards = torch.randn(B, T, sizes[0], dtype=torch.float64)
 
     expected, expected_state = walked(core, z, before)
     got, state = core.unroll(z, before)
 
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
-    for name in expected_state:
+    for name in compared:
         torch.testing.assert_close(state[name], expected_state[name], rtol=0, atol=1e-13, msg=name)
     wanted = torch.autograd.grad((expected * towards).sum(), list(inputs.values()))
     found = torch.autograd.grad((got * towards).sum(), list(inputs.values()))
