@@ -254,8 +254,9 @@ def test_a_longer_episode_is_learned_in_rows_that_go_on_with_the_state_before_th
     batch = training.learner_batch([episode])
     # 200 steps and the one that advantages are estimated with make 13 rows; only the first begins without a memory.
     assert batch["obs"].shape[:2] == (13, MAX_SEQ_LEN)
-    assert batch["state_in"]["t"].flatten().tolist() == [MAX_SEQ_LEN * row for row in range(13)]
-    memory = batch["state_in"]["memory"].flatten(1)
+    state = training.module.unpack_state(batch["state_in"])
+    assert state["t"].flatten().tolist() == [MAX_SEQ_LEN * row for row in range(13)]
+    memory = state["memory"].flatten(1)
     assert not memory[0].any() and memory[1:].any(dim=1).all()
 
 
