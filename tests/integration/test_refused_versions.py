@@ -127,6 +127,10 @@ def test_the_watch_tells_of_the_first_served_version_and_of_every_refused_one(
         watch.published(3)
         assert watch.conclude() == f"{server.address} serves version 3"
         assert watch.scalars() == {"checkpoint/served_version": 3.0, "checkpoint/refused_versions": 1.0}
+        assert watch.news() == [f"{server.address} serves version 3"]
+        publish(tmp_path, small_policy(), version=4)
+        watch.published(4)
+        assert watch.conclude() == f"{server.address} serves version 4"
         assert watch.news() == []
 
 

@@ -167,7 +167,8 @@ class ServerWatch:
         self._answer = answer
         if before.failure is not None:
             self._news.append(f"{address} answers again")
-        if before.serves == 0 < answer.serves:
+        # After that it is no news, but where the version before was refused.
+        if answer.serves > before.serves and (before.serves == 0 or max(self._noted, default=0) > before.serves):
             self._news.append(f"{address} serves version {answer.serves}")
         for version in sorted(answer.refused.keys() & set(self._published) - self._noted):
             self._noted.add(version)
