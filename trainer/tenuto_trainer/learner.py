@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from torch import Tensor
 
 from tenuto_trainer.errors import StateError
@@ -72,9 +72,11 @@ def learner_tensors(algorithm: Algorithm) -> dict[str, Tensor]:
 def restore_learner(algorithm: Algorithm, tensors: Mapping[str, Tensor]) -> None:
     """Let the algorithm's learner go on from ``tensors`` and hand its weights to all env runners. Raises StateError."""
     _in_learner(algorithm, partial(load_tensors, tensors=tensors))
-    runners = algorithm.env_runner_group
-    assert runners is not None, "the trainer samples with env runners"
-    runners.sync_weights(from_worker_or_learner_group=algorithm.learner_group, inference_only=True)
+    learners, runners = algorithm.learner_group, algorithm.env_runner_group
+    assert learners is not None and runners is not None, "the trainer samples with env runners"
+    weights = learners.get_state(f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}", inference_only=True)[COMPONENT_LEARNER]
+    # Not sync_weights: it drops what it is given while the weights from the start are still on their way.
+    runners.foreach_env_runner(partial(_set_state, state={COMPONENT_RL_MODULE: weights[COMPONENT_RL_MODULE]}))
 
 
 def _in_learner(algorithm: Algorithm, function: Callable[[Any], Any]) -> Any:
@@ -82,6 +84,10 @@ def _in_learner(algorithm: Algorithm, function: Callable[[Any], Any]) -> Any:
     assert learners is not None, "an algorithm of the new API stack has learners"
     (result,) = learners.foreach_learner(cast(Any, function))  # Annotated as if it took a second argument.
     return result.get()
+
+
+def _set_state(runner: Any, state: dict[str, Any]) -> None:
+    runner.set_state(state)
 
 
 def _parts(learner: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
