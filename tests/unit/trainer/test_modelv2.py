@@ -372,7 +372,7 @@ def test_forward_modifies_nothing(cls: type[BaseModel], gradients: bool) -> None
     if cls is Frameconv:
         model.embedding_strength.data.fill_(1.5)
     weights = copy.deepcopy(model.state_dict())
-    obs, state = observations(2, 4).flatten(0, 1), lively(model, 2)
+    obs, state = observations(2, 4).flatten(0, 1), [s.float() for s in lively(model, 2)]
     given = {"obs": obs, "obs_flat": obs}, list(state), torch.tensor([4, 2], dtype=torch.int32)
     before = copy.deepcopy((given[0], given[2])), [s.clone() for s in state]
     with torch.set_grad_enabled(gradients):
