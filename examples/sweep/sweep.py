@@ -7,6 +7,7 @@ trials there are and runs as many at once as there are CPUs. It leaves nothing b
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tenuto_envs import EnvError, make
 from tenuto_trainer import TrainConfig, TrainConfigError, TrainerError
 from tenuto_trainer.train import parse
 
@@ -44,13 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             require_comparable(base)
             trials = sweep(base, num_samples, arguments.parallel, Path(folder), console)
-        except TrainerError as error:
+        except (TrainerError, EnvError) as error:
             return _fail(str(error))
-        console.print(table(trials))
         if not trials:
             return _fail("no trial was finished")
-        best = trials[0]
-        published = publish(base, best)
+        console.print(table(trials))
+        published = publish(base, trials[0])
     console.print(f"published the best trial: {published}", soft_wrap=True, highlight=False)
     console.print(f"serve it: tenuto-serve --repository {base.repository}", soft_wrap=True, highlight=False)
     return 0
@@ -79,6 +80,7 @@ def sweep(base: TrainConfig, num_samples: int, parallel: int, folder: Path, cons
         "hidden_size": tune.choice(WIDTHS),
     }
     with local_ray(base, num_cpus=parallel):
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # Failed trials are named below, in a line each.
         tuner = tune.Tuner(
             tune.with_parameters(train_trial, base=base, folder=folder),
             param_space=space,
@@ -91,8 +93,8 @@ def sweep(base: TrainConfig, num_samples: int, parallel: int, folder: Path, cons
             ),
         )
         results = tuner.fit()
-    for error in results.errors:
-        console.print(str(error).strip().splitlines()[-1], highlight=False, markup=False)
+    for reason in {str(error).strip().splitlines()[-1] for error in results.errors}:
+        console.print(f"failed: {reason}", highlight=False, markup=False, soft_wrap=True)
     finished = [dict(result.metrics) for result in results if result.error is None and result.metrics]
     return sorted(finished, key=lambda metrics: metrics["return"], reverse=True)
 
@@ -102,7 +104,6 @@ def train_trial(params: dict[str, Any], base: TrainConfig, folder: Path) -> None
     import torch
     from ray import tune
 
-    from tenuto_envs import make
     from tenuto_trainer.ppo import build_algorithm, ppo_config
     from tenuto_trainer.resume import Start
 
@@ -131,7 +132,8 @@ def train_trial(params: dict[str, Any], base: TrainConfig, folder: Path) -> None
 
 
 def require_comparable(base: TrainConfig) -> None:
-    """Raise TrainConfigError for settings with which trials would not end, or could not be told apart."""
+    """Raise TrainConfigError or EnvError for what no trial could run with, end with, or be compared by."""
+    make(base.env_id).close()
     if base.iterations is None and base.stop_seconds is None:
         raise TrainConfigError("iterations: got none, expected a number of them or --stop-seconds, to end each trial")
     if base.evaluation_episodes == 0:

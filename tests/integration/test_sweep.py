@@ -12,15 +12,35 @@ from tenuto_models import DNCConfig, checkpoint
 
 SWEEP = Path(__file__).resolve().parents[2] / "examples" / "sweep" / "sweep.py"
 
+FRAGILE = """
+import os
+from pathlib import Path
+import gymnasium
+
+OWNER = Path(__file__).with_suffix(".pid")
+
+class Fragile(gymnasium.Wrapper):
+    def step(self, action):
+        if not OWNER.exists():
+            OWNER.write_text(str(os.getpid()))
+        if OWNER.read_text() != str(os.getpid()):
+            raise RuntimeError("only the first trial can step this")
+        return super().step(action)
+
+def make():
+    return Fragile(gymnasium.make("CartPole-v1"))
+"""
+
 
 def _sweep(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """Run the sweep in an empty folder, with an empty home and an own folder for temporary files."""
     (folder / "home").mkdir()
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_"))}
     with TemporaryDirectory(prefix="t") as temporary:  # That of pytest is too long a path for Ray's sockets.
         done = subprocess.run(
             [sys.executable, str(SWEEP), *flags],
-            env=kept | {"HOME": str(folder / "home"), "TMPDIR": temporary},
+            env=kept | {"HOME": str(folder / "home"), "TMPDIR": temporary, "PYTHONPATH": path},
             cwd=folder,
             capture_output=True,
             text=True,
@@ -57,6 +77,7 @@ def test_a_sweep_prints_its_trials_by_return_and_publishes_the_best(tmp_path: Pa
     ("flags", "code", "error"),
     [
         (("--evaluation-episodes", "0"), 1, "sweep: evaluation_episodes: got 0, expected at least 1"),
+        (("--env", "popgym-Nope-v0"), 1, "sweep: environment: got 'popgym-Nope-v0', which is not registered"),
         (("--lr", "-1"), 2, "tenuto-train: lr: got -1.0"),
     ],
 )
@@ -67,3 +88,14 @@ def test_settings_that_no_sweep_can_use_are_refused_at_once(
     assert done.returncode == code
     assert done.stderr.startswith(error) and done.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_trial_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    done = _sweep(tmp_path, "--smoke", "--env", "fragile:make", "--repository", "r", "--parallel", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.endswith(": failed") for line in lines) == 1
+    assert "failed: RuntimeError: only the first trial can step this" in lines
+    assert sum(line.startswith("│") for line in lines) == 1
+    assert len(list((tmp_path / "r").iterdir())) == 1
