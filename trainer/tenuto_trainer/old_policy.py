@@ -1,4 +1,4 @@
-"""Makes a published version of the policy in an old RLlib checkpoint of POPGym's DiffNC or Frameconv.
+"""Makes a published version of the policy in an old RLlib checkpoint of DiffNC or Frameconv, POPGym's or our modelv2's.
 
 What the model is, its tensors say; what they leave open, the plain values in the checkpoint's configuration or the
 caller. Anything that would make the published policy play otherwise than the old one is refused.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 from gymnasium import spaces as gym_spaces
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ from tenuto_trainer.inert_pickle import Placeholder
 from tenuto_trainer.rllib_checkpoint import as_mapping, read
 
 Weights = Mapping[str, NDArray[Any]]
+_INTERFACE = "core.rnn_layer_memory_shared.interface_weights"
 
 
 def published(
@@ -39,7 +41,8 @@ def published(
     env = make(env_id)
     try:
         notes = _require_as_served(old.config, old.filters, env.action_space)
-        theirs = import_popgym(_config_of(old.weights, old.config, given), old.weights)
+        weights = _under_popgym_names(old.weights)
+        theirs = import_popgym(_config_of(weights, old.config, given), weights)
         policy = _with_spaces_of(env_id, env, theirs)
     finally:
         env.close()
@@ -89,7 +92,8 @@ def _config_of(weights: Weights, config: Mapping[str, Any], given: Mapping[str, 
     custom = as_mapping(as_mapping(config.get("model")).get("custom_model_config"))
     own: dict[str, Any] = {key: custom[key] for key in ("embedding_mode", "embedding_size") if key in custom}
     own["scale_embedding"] = custom.get("scale_embedding", True)
-    own["embedding"] = custom.get("embedding", "sine") if "embedding.weight" in weights else None
+    embedded = "embedding.weight" in weights or ("core.weight" in weights and "embedding_strength" in weights)
+    own["embedding"] = custom.get("embedding", "sine") if embedded else None
     features, observation = _shape(weights, "feature_map.0.weight", 2)
     own["preprocessor_input_size"] = features
     if "core.weight" in weights:
@@ -107,8 +111,45 @@ def _config_of(weights: Weights, config: Mapping[str, Any], given: Mapping[str, 
         "cfg": own,
         "obs_dim": observation,
         "n_act": _shape(weights, "actor.1.weight", 2)[0],
-        "max_seq_len": _shape(weights, "embedding.weight", 2)[0] if own["embedding"] else None,
+        "max_seq_len": _period(weights, custom) if embedded else None,
     }
+
+
+def _period(weights: Weights, custom: Mapping[str, Any]) -> int:
+    """POPGym's table has a row for each step; where there is no table, the model is ours."""
+    if "embedding.weight" in weights:
+        return _shape(weights, "embedding.weight", 2)[0]
+    return custom.get("embedding_period", 1024)
+
+
+def _under_popgym_names(weights: Weights) -> Weights:
+    """Return the tensors of our modelv2 classes under POPGym's names, in its layouts; all others as they are."""
+    theirs = dict(weights)
+    try:
+        if "core.gates.weight" in theirs:
+            gates, bias = theirs.pop("core.gates.weight"), theirs.pop("core.gates.bias")
+            hidden = theirs["core.output.weight"].shape[0]
+            theirs |= {
+                "core.lstm_layer_0.weight_ih_l0": gates[:, :-hidden],
+                "core.lstm_layer_0.weight_hh_l0": gates[:, -hidden:],
+                "core.lstm_layer_0.bias_ih_l0": bias,
+                "core.lstm_layer_0.bias_hh_l0": np.zeros_like(bias),
+                f"{_INTERFACE}.weight": theirs.pop("core.access.interface.weight"),
+                f"{_INTERFACE}.bias": theirs.pop("core.access.interface.bias"),
+            }
+        elif "core.conv.weight" in theirs:
+            taps, layers = (
+                theirs.pop("core.conv.weight"),
+                [int(n.split(".")[1]) for n in theirs if n.startswith("pre.")],
+            )
+            features = theirs[f"pre.{max(layers)}.bias" if layers else "feature_map.0.bias"].shape[0]
+            theirs["core.weight"] = taps.reshape(taps.shape[0], -1, features).transpose(0, 2, 1)
+            theirs["core.bias"] = theirs.pop("core.conv.bias")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ImportedError(
+            f"core: got {sorted(weights)}, expected all tensors of a DiffNC or Frameconv ({error})"
+        ) from error
+    return theirs
 
 
 def _heads_and_cell(
@@ -116,7 +157,7 @@ def _heads_and_cell(
 ) -> tuple[int, int]:
     """R and W from ``R W`` (columns of the output layer) and ``R W + 3 W + 5 R + 3`` (rows of the interface)."""
     reads = _shape(weights, "core.output.weight", 2)[1] - hidden
-    (interface,) = _shape(weights, "core.rnn_layer_memory_shared.interface_weights.bias", 1)
+    (interface,) = _shape(weights, f"{_INTERFACE}.bias", 1)
     sizes = [(reads // w, w) for w in range(1, reads + 1) if reads % w == 0]
     fitting = [(r, w) for r, w in sizes if reads + 3 * w + 5 * r + 3 == interface]
     wanted = {key: value for key, value in given.items() if value is not None}

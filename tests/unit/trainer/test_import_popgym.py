@@ -21,9 +21,11 @@ from ray.rllib.utils.filter import MeanStdFilter, NoFilter
 from torch import nn
 
 import tenuto_envs
+from old_stack import MODELS, SMALL, batched, build
 from tenuto_models import Policy, checkpoint
 from tenuto_trainer import inert_pickle, old_policy, rllib_checkpoint, train
 from tenuto_trainer.errors import ImportedError
+from tenuto_trainer.modelv2 import BaseModel, Frameconv
 
 DATA = Path(__file__).parents[2] / "data" / "popgym"
 ENV = "popgym-RepeatPreviousEasy-v0"
@@ -88,6 +90,27 @@ def test_observations_are_flattened_in_the_order_of_rllib(env_id: str) -> None:
         flat = spaces.flatten(env.observation_space, observation)
         np.testing.assert_array_equal(np.asarray(flat, np.float32), preprocessor.transform(observation))
         observation, _, _, _, _ = env.step(env.action_space.sample())
+
+
+@pytest.mark.parametrize("cls", MODELS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("config", [{}, {"preprocessor": nn.Sequential(nn.Linear(12, 9), nn.LeakyReLU())}])
+def test_what_our_own_classes_learned_is_published_too(
+    cls: type[BaseModel], config: dict[str, Any], tmp_path: Path
+) -> None:
+    period = {"embedding_period": 50} if cls is Frameconv else {}
+    model = build(cls, **config, **period)
+    custom = {**SMALL[cls], **config, **period}
+    state = {
+        "weights": {name: tensor.numpy() for name, tensor in model.state_dict().items()},
+        "policy_spec": {"config": {"observation_filter": "NoFilter", "model": {"custom_model_config": custom}}},
+    }
+    (tmp_path / "policy_state.pkl").write_bytes(pickle.dumps(state))
+    assert import_from(tmp_path, tmp_path) == 0
+    policy, observations = imported(tmp_path).policy, torch.randn(6, 10)
+    with torch.no_grad():
+        logits, _ = model({"obs": observations}, batched(model, 1), torch.tensor([6]))
+        output, _ = policy.unroll(observations[None], policy.initial_state(1))
+    torch.testing.assert_close(output.logits[0], logits, rtol=0, atol=1e-5)
 
 
 # What RLlib has written over the years.
