@@ -64,12 +64,14 @@ def main() -> None:
             cells += [f"{median(name, key):,.0f}", f"{median(name, key) / median(reference, key):.2f}"]
         table.add_row(*cells)
     Console(width=100).print(table)
-    if {"dnc"} <= figures.keys():
-        shares = {key: median("dnc", key) for key in figures["dnc"][0] if key.endswith("_s_share")}
-        print(
-            "one iteration of dnc, medians:",
-            ", ".join(f"{k.removesuffix('_s_share')} {v:.2f} s" for k, v in shares.items()),
-        )
+    if "dnc" in figures:
+        parts = [key for key in figures["dnc"][0] if key.endswith(" s")]
+        where = Table(title="one iteration of dnc, medians")
+        where.add_column("part")
+        where.add_column("seconds", justify="right")
+        for key in parts:
+            where.add_row(key.removesuffix(" s"), f"{median('dnc', key):.3f}")
+        Console(width=100).print(where)
 
 
 def measure(algorithm: str, hidden_size: int) -> list[dict[str, float]]:
@@ -89,43 +91,61 @@ def measure(algorithm: str, hidden_size: int) -> list[dict[str, float]]:
     torch.set_num_threads(1)
     with local_ray(settings):
         algo = algorithm_config(algorithm, settings).build_algo()
-        spent = {"learn": 0.0}
-        _time_the_learner(algo, spent)
+        spent = dict[str, float]()
+        _time_parts(algo, spent)
         figures = []
         for iteration in range(ITERATIONS + 1):
-            spent["learn"] = 0.0
+            spent.update(dict.fromkeys(spent, 0.0))
             began = time.perf_counter()
             algo.train()
             seconds = time.perf_counter() - began
             if iteration:  # The first one warms up.
                 figures.append({
                     "env_steps_per_s": settings.batch_size / seconds,
-                    "learner_samples_per_s": settings.batch_size * settings.num_epochs / spent["learn"],
-                    "sample_s_share": seconds - spent["learn"],
-                    "learn_s_share": spent["learn"],
+                    "learner_samples_per_s": settings.batch_size * settings.num_epochs / spent["learning"],
+                    "iteration s": seconds,
+                    **{f"{part} s": t for part, t in spent.items()},
                 })  # fmt: skip
         algo.stop()
     return figures
 
 
-def _time_the_learner(algo: Any, spent: dict[str, float]) -> None:
+def _time_parts(algo: Any, spent: dict[str, float]) -> None:
+    """Wrap the parts of an iteration so that each adds its seconds to ``spent``; a part that is indented lies in the
+    one above it.
+    """
     from ray.rllib.algorithms.ppo import ppo
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def time_calls(part: str, owner: Any, name: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+        spent[part] = 0.0
+
         def call(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent["learn"] += time.perf_counter() - began
+                spent[part] += time.perf_counter() - began
 
-        return call
+        setattr(owner, name, call)
 
-    if algo.config.enable_rl_module_and_learner:
-        algo.learner_group.update = timed(algo.learner_group.update)
-    else:
-        ppo.train_one_step = timed(ppo.train_one_step)
-        ppo.multi_gpu_train_one_step = timed(ppo.multi_gpu_train_one_step)
+    if not algo.config.enable_rl_module_and_learner:
+        time_calls("learning", ppo, "train_one_step")
+        time_calls("learning", ppo, "multi_gpu_train_one_step")
+        return
+    runner, learner = algo.env_runner, algo.learner_group._learner
+    time_calls("sampling", runner, "sample")
+    time_calls("  connectors to the module", runner, "_env_to_module")
+    time_calls("  policy step", runner.module, "_forward")
+    time_calls("  connectors to the environment", runner, "_module_to_env")
+    time_calls("  environments", runner.env, "step")
+    time_calls("learning", algo.learner_group, "update")
+    time_calls("  connectors and advantages", learner, "_learner_connector")
+    module = learner.module["default_policy"]
+    time_calls("  forward", module, "_forward_train")
+    time_calls("  backward", learner, "compute_gradients")
+    time_calls("  clipping", learner, "postprocess_gradients")
+    time_calls("  optimizer", learner, "apply_gradients")
 
 
 if __name__ == "__main__":

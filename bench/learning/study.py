@@ -67,7 +67,7 @@ def main() -> None:
             if not ok:
                 workers.shutdown(cancel_futures=True)
                 sys.exit(1)
-    if not any(not r.file.exists() for r in runs()):
+    if all(run.file.exists() for run in runs()):
         subprocess.run([sys.executable, HERE / "report.py"], check=True)
 
 
@@ -87,8 +87,8 @@ def train(run: Run, progress: Progress) -> bool:
             if line.startswith("{"):
                 progress.update(task, completed=int(line.split('"steps": ')[1].split(",")[0]))
     progress.remove_task(task)
-    if process.returncode:
-        progress.console.print(f"{name} failed:\n{''.join(last)}", markup=False)
+    said = f"failed:\n{''.join(last)}" if process.returncode else "done"
+    progress.console.print(f"{name} {said}", markup=False, highlight=False)
     return process.returncode == 0
 
 

@@ -61,13 +61,13 @@ class TrainConfig:
     """Processes beside the trainer that step environments; 0: the trainer does it, best on few cores."""
     batch_size: int = 4096
     """Environment steps per iteration."""
-    minibatch_size: int = 1024
+    minibatch_size: int = 2048
     """Environment steps per gradient step; at least max_seq_len, which RLlib fails below."""
     num_epochs: int = 6
     """Passes over the batch per iteration."""
     max_seq_len: int = 32
     """Steps that gradients reach back, and the length of a training row."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Adam's learning rate."""
     gamma: float = 0.99
     """Discount per step."""
@@ -75,7 +75,7 @@ class TrainConfig:
     """Weight of longer returns in the advantage estimate."""
     clip: float = 0.2
     """Farthest that PPO trusts a probability ratio to move from 1."""
-    entropy: float = 0.005
+    entropy: float = 0.001
     """Weight of the entropy bonus."""
     grad_clip: float = 0.5
     """Largest norm of a gradient."""
