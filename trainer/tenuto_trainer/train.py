@@ -15,10 +15,10 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from tenuto_trainer import import_popgym
 from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import TrainConfigError, TrainerError
 from tenuto_trainer.folders import require_writable
+from tenuto_trainer.importing import command as import_popgym
 from tenuto_trainer.settings import settings
 
 _METAVARS = {int: "N", float: "X", str: "NAME", Path: "FOLDER"}

@@ -23,8 +23,9 @@ from torch import nn
 import tenuto_envs
 from old_stack import MODELS, SMALL, batched, build
 from tenuto_models import Policy, checkpoint
-from tenuto_trainer import inert_pickle, old_policy, rllib_checkpoint, train
+from tenuto_trainer import train
 from tenuto_trainer.errors import ImportedError
+from tenuto_trainer.importing import inert_pickle, old_policy, rllib_checkpoint
 from tenuto_trainer.modelv2 import BaseModel, Frameconv
 
 DATA = Path(__file__).parents[2] / "data" / "popgym"

@@ -20,8 +20,8 @@ from tenuto_models import Policy, TrainingProgress, checkpoint, import_popgym, s
 from tenuto_models.distributions import distribution_for
 from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import ImportedError
-from tenuto_trainer.inert_pickle import Placeholder
-from tenuto_trainer.rllib_checkpoint import as_mapping, read
+from tenuto_trainer.importing.inert_pickle import Placeholder
+from tenuto_trainer.importing.rllib_checkpoint import as_mapping, read
 
 Weights = Mapping[str, NDArray[Any]]
 _INTERFACE = "core.rnn_layer_memory_shared.interface_weights"

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from tenuto_trainer import inert_pickle
 from tenuto_trainer.errors import ImportedError
+from tenuto_trainer.importing import inert_pickle
 
 _POLICY = "default_policy"
 

@@ -1,6 +1,6 @@
 """``tenuto-train import-popgym``: publishes the policy of an old RLlib checkpoint of POPGym's DiffNC or Frameconv.
 
-Reads only the command line here; ``old_policy`` does the work.
+Reads only the command line here; :mod:`tenuto_trainer.importing.old_policy` does the work.
 Exit codes: 0 published, 1 the checkpoint cannot be imported, 2 the command line, folder or environment is unusable.
 """
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         from tenuto_envs import EnvError
         from tenuto_models import CheckpointError, ConfigError
-        from tenuto_trainer.old_policy import published
+        from tenuto_trainer.importing.old_policy import published
     except ModuleNotFoundError as error:
         advice = "pip install 'tenuto[trainer]', or pip install '.[trainer]' in a clone"
         return _fail(f"the package {error.name!r} is not installed; {advice}", TrainerError.exit_code)
