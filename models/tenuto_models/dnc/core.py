@@ -94,6 +94,7 @@ class DNCCore(nn.Module):
         interface, order = self.access.interface, self.access.order_by_activation
         carried = torch.cat([state["read_vectors"], state["h"].squeeze(1)], dim=1)
         features, carried, *scanned = Scan.apply(
+            torch.is_grad_enabled(),
             linear(z.transpose(0, 1), self.gates.weight[:, : self.input_size], self.gates.bias),
             self.gates.weight[:, self.input_size :],
             interface.weight[order],

@@ -24,7 +24,7 @@ _aten: Any = torch.ops.aten
 
 
 class Scan(torch.autograd.Function):
-    """``(from_input, recurrent, interface, bias, states before) -> (features [T, B, R W + H], states)``.
+    """``(keep, from_input, recurrent, interface, bias, states before) -> (features [T, B, R W + H], states)``.
 
     Features are ``[read_vectors, h]`` after each step. The states are those of the tape, T + 1 of each; no gradient
     flows back through them.
@@ -32,12 +32,12 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, from_input: Tensor, recurrent: Tensor, interface: Tensor, bias: Tensor, *before: Tensor
+        ctx: Any, keep: bool, from_input: Tensor, recurrent: Tensor, interface: Tensor, bias: Tensor, *before: Tensor
     ) -> Any:
-        """Run the sequence; keeps the tape for :meth:`backward`."""
+        """Run the sequence; ``keep`` the tape for :meth:`backward`."""
         (steps, rows, _), hidden = from_input.shape, interface.shape[1]
         heads, cells = before[5].shape[1:]
-        tape = Tape(from_input, Sizes(steps, rows, hidden, cells, before[2].shape[2], heads))
+        tape = Tape(from_input, Sizes(steps, rows, hidden, cells, before[2].shape[2], heads), keep=keep)
         states = (
             tape.carried, tape.c, tape.memory, tape.link, tape.precedence, tape.reads, tape.write, tape.usage
         )  # fmt: skip
@@ -63,7 +63,7 @@ class Scan(torch.autograd.Function):
         flat_gates, flat_interface = d_gates.flatten(0, 1), d_interface.flatten(0, 1)
         d_recurrent = product(flat_gates.t(), tape.carried[:-1].flatten(0, 1))
         d_weight = product(flat_interface.t(), h.flatten(0, 1))
-        return d_gates, d_recurrent, d_weight, flat_interface.sum(dim=0), *d_states
+        return None, d_gates, d_recurrent, d_weight, flat_interface.sum(dim=0), *d_states
 
 
 def _scan(tape: Tape, from_input: Tensor, recurrent: Tensor, interface: Tensor, interface_bias: Tensor) -> None:
@@ -99,7 +99,6 @@ def _scan(tape: Tape, from_input: Tensor, recurrent: Tensor, interface: Tensor, 
     write_key_norm = tape.key_norms[:, :, heads:].unsqueeze(3).unbind(0)
     kept, retention, grown, usage = (x.unbind(0) for x in (tape.kept, tape.retention, tape.grown, tape.usage))
     ascending, order, allocation = (x.unbind(0) for x in (tape.ascending, tape.order, tape.allocation))
-    tape.before[:, :, 0] = 1
     before, before_but_first = tape.before.unbind(0), tape.before[:, :, 1:].unbind(0)
     memory, memory_t = tape.memory.unbind(0), tape.memory.mT.unbind(0)
     cell_norms, cell_norms_row = tape.cell_norms.unbind(0), tape.cell_norms.unsqueeze(2).unbind(0)

@@ -26,48 +26,54 @@ class Sizes(NamedTuple):
 class Tape:
     """Every value of a forward scan that the reverse scan or the caller needs. Index 0 of a state is before step 0."""
 
-    def __init__(self, like: Tensor, sizes: Sizes) -> None:
-        """``like`` says device and dtype."""
+    def __init__(self, like: Tensor, sizes: Sizes, *, keep: bool) -> None:
+        """``like`` says device and dtype. Without ``keep`` only the states last: every step writes over the others."""
         self.sizes = sizes
         num_steps, num_rows, hidden, cells, width, heads = sizes
 
-        def empty(steps: int, *shape: int) -> Tensor:
-            return like.new_empty((steps, num_rows, *shape))
+        def states(*shape: int) -> Tensor:
+            return like.new_empty((num_steps + 1, num_rows, *shape))
+
+        def values(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
+            if keep:
+                return like.new_empty((num_steps, *shape), dtype=dtype)
+            return like.new_empty(shape, dtype=dtype).expand(num_steps, *shape)
 
         # States: T + 1 of each.
-        self.carried = empty(num_steps + 1, heads * width + hidden)  # [read_vectors, h]
-        self.c = empty(num_steps + 1, hidden)
-        self.memory = empty(num_steps + 1, cells, width)
-        self.cell_norms = empty(num_steps + 1, cells)
-        self.link = empty(num_steps + 1, cells, cells)
-        self.precedence = empty(num_steps + 1, cells)
-        self.reads = empty(num_steps + 1, heads, cells)
-        self.write = empty(num_steps + 1, cells)
-        self.usage = empty(num_steps + 1, cells)
+        self.carried = states(heads * width + hidden)  # [read_vectors, h]
+        self.c = states(hidden)
+        self.memory = states(cells, width)
+        self.cell_norms = states(cells)
+        self.link = states(cells, cells)
+        self.precedence = states(cells)
+        self.reads = states(heads, cells)
+        self.write = states(cells)
+        self.usage = states(cells)
         # The controller: activated gates (i, f, g, o) and tanh(c).
-        self.gates = empty(num_steps, 4 * hidden)
-        self.tanh_c = empty(num_steps, hidden)
+        self.gates = values(num_rows, 4 * hidden)
+        self.tanh_c = values(num_rows, hidden)
         # The activated interface, in the order of `interface_order`.
-        self.interface = empty(num_steps, (heads + 2) * width + width + heads + 2 + (heads + 1) + 3 * heads)
-        self.key_norms = empty(num_steps, heads + 1)
+        self.interface = values(num_rows, (heads + 2) * width + width + heads + 2 + (heads + 1) + 3 * heads)
+        self.key_norms = values(num_rows, heads + 1)
         # Usage and allocation.
-        self.kept = empty(num_steps, heads, cells)  # 1 - f_r R_r
-        self.retention = empty(num_steps, cells)
-        self.grown = empty(num_steps, cells)  # usage after writing, before freeing
-        self.ascending = empty(num_steps, cells)
-        self.order = torch.empty_like(self.ascending, dtype=torch.int64)
-        self.before = empty(num_steps, cells)
-        self.allocation = empty(num_steps, cells)
+        self.kept = values(num_rows, heads, cells)  # 1 - f_r R_r
+        self.retention = values(num_rows, cells)
+        self.grown = values(num_rows, cells)  # usage after writing, before freeing
+        self.ascending = values(num_rows, cells)
+        self.order = values(num_rows, cells, dtype=torch.int64)
+        self.before = values(num_rows, cells)
+        (self.before if keep else self.before[:1])[:, :, 0] = 1  # Nothing is before the emptiest cell.
+        self.allocation = values(num_rows, cells)
         # Writing: index 0 of a head dimension of size 1 is the write head.
-        self.write_denominator, self.write_cosine, self.write_content = (empty(num_steps, 1, cells) for _ in range(3))
-        self.mix = empty(num_steps, cells)
-        self.change = empty(num_steps, cells, width)  # v - e M
-        self.shrink = empty(num_steps, cells, cells)  # 1 - ww_i - ww_j
-        self.unwritten = empty(num_steps, 1)  # 1 - Σ ww
+        self.write_denominator, self.write_cosine, self.write_content = (values(num_rows, 1, cells) for _ in range(3))
+        self.mix = values(num_rows, cells)
+        self.change = values(num_rows, cells, width)  # v - e M
+        self.shrink = values(num_rows, cells, cells)  # 1 - ww_i - ww_j
+        self.unwritten = values(num_rows, 1)  # 1 - Σ ww
         # Reading: directions are (backward, forward, content), in front of the rows.
-        self.read_denominator, self.read_cosine = (empty(num_steps, heads, cells) for _ in range(2))
-        self.directions = like.new_empty((num_steps, 3, num_rows, heads, cells))
-        self.modes = like.new_empty((num_steps, 3, num_rows, heads))
+        self.read_denominator, self.read_cosine = (values(num_rows, heads, cells) for _ in range(2))
+        self.directions = values(3, num_rows, heads, cells)
+        self.modes = values(3, num_rows, heads)
 
     def cut(self, interface: Tensor) -> dict[str, Tensor]:
         """Name the parts of an interface tensor ``[T, B, I]`` in the order of :func:`interface_order`, as views."""

@@ -67,6 +67,17 @@ def test_values_and_all_gradients_equal_those_of_the_loop(sizes: tuple[int, ...]
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
 
+def test_without_gradients_a_sequence_gives_the_same_bits() -> None:
+    core = lively_core(10, 5, 4, 3)
+    before, z = used_state(core), torch.randn(B, T, F, dtype=torch.float64)
+    seq_lens = torch.tensor([7, 0, 3])
+    with_tape, state = core.unroll(z, before, seq_lens)
+    with torch.no_grad():
+        without, same_state = core.unroll(z, before, seq_lens)
+    assert torch.equal(without, with_tape)
+    assert all(torch.equal(same_state[name], state[name]) for name in state)
+
+
 def test_gradients_stay_finite_where_gates_saturate() -> None:
     core = lively_core(8, 4, 4, 2)
     with torch.no_grad():
