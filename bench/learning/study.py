@@ -4,8 +4,8 @@
     python bench/learning/study.py --only popgym-RepeatPreviousEasy-v0
 
 Each run leaves one file in bench/learning/results; a run whose file is there is not repeated, so the study can be
-stopped at any time and goes on with the next run. When all are there, report.py makes docs/learning.md's tables and
-pictures of them.
+stopped at any time and goes on with the next run. At the end report.py makes docs/learning.md's tables and pictures of
+what is there.
 """
 
 from __future__ import annotations
@@ -62,17 +62,15 @@ def main() -> None:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress, ThreadPoolExecutor(options.workers) as workers:
         whole = progress.add_task(f"{len(missing)} runs", total=len(missing))
-        for ok in workers.map(lambda run: train(run, progress), missing):
+        for _ in workers.map(lambda run: train(run, progress), missing):
             progress.advance(whole)
-            if not ok:
-                workers.shutdown(cancel_futures=True)
-                sys.exit(1)
-    if all(run.file.exists() for run in runs()):
-        subprocess.run([sys.executable, HERE / "report.py"], check=True)
+    subprocess.run([sys.executable, HERE / "report.py"], check=True)
+    if not all(run.file.exists() for run in missing):
+        sys.exit("not all runs succeeded; start the study again to repeat those that did not")
 
 
-def train(run: Run, progress: Progress) -> bool:
-    """Train in a process of its own and show its iterations; False, with its last words shown, if it failed."""
+def train(run: Run, progress: Progress) -> None:
+    """Train in a process of its own and show its iterations, or its last words if it failed."""
     name = f"{run.env_id.removeprefix('popgym-').removesuffix('-v0')} {run.algorithm} {run.seed}"
     task = progress.add_task(name, total=STEPS)
     command = [
@@ -89,7 +87,6 @@ def train(run: Run, progress: Progress) -> bool:
     progress.remove_task(task)
     said = f"failed:\n{''.join(last)}" if process.returncode else "done"
     progress.console.print(f"{name} {said}", markup=False, highlight=False)
-    return process.returncode == 0
 
 
 if __name__ == "__main__":
