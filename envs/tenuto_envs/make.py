@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import gymnasium
@@ -20,7 +22,8 @@ def make(env_id: str) -> Env:
     """Build an environment whose observations always lie in its observation space.
 
     ``popgym-…-v0``    POPGym's, wrapped as its baselines are: ``Antialias(PreviousAction(env))``
-    ``module:callable``  a user's own; the callable takes no arguments and returns a gymnasium.Env
+    ``module:callable``  a user's own; the callable takes no arguments and returns a gymnasium.Env. The module is
+                         looked for in the working directory, too, which goes to the front of ``sys.path``
     anything else      an id in gymnasium's registry
 
     Raises UnknownEnvError or MissingPackageError; what a user's own callable raises passes through.
@@ -46,15 +49,16 @@ def _make_popgym(env_id: str) -> Env:
 
 
 def _make_registered(env_id: str) -> Env:
-    try:
-        # ConformObservation looks at every observation; gymnasium's checker looks at the first only.
-        return gymnasium.make(env_id, disable_env_checker=True)
-    except gymnasium.error.UnregisteredEnv as error:
+    # Without a version gymnasium would take the newest, and another one tomorrow.
+    if env_id not in gymnasium.registry:
         close = difflib.get_close_matches(env_id, list(gymnasium.registry), n=3, cutoff=0.6)
         raise UnknownEnvError(
             f"environment: got {env_id!r}, which is not registered, expected a popgym-…-v0 id, a gymnasium id or "
             f"module:callable{'; did you mean ' + ' or '.join(map(repr, close)) + '?' if close else ''}"
-        ) from error
+        )
+    try:
+        # ConformObservation looks at every observation; gymnasium's checker looks at the first only.
+        return gymnasium.make(env_id, disable_env_checker=True)
     except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
         raise MissingPackageError(f"environment {env_id!r} needs a missing package: {error}") from error
     except gymnasium.error.Error as error:
@@ -63,11 +67,15 @@ def _make_registered(env_id: str) -> Env:
 
 def _make_own(env_id: str) -> Env:
     module_name, _, attribute = env_id.partition(":")
+    # A console script, unlike `python -m`, does not look there.
+    if not {"", str(Path.cwd())} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))
     try:
         module = import_module(module_name)
     except (ImportError, ValueError) as error:
         raise UnknownEnvError(
-            f"environment: got {env_id!r}, expected module:callable with a module on the Python path ({error})"
+            f"environment: got {env_id!r}, expected module:callable with a module in the working directory or on "
+            f"the Python path ({error})"
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

@@ -21,6 +21,9 @@ from tenuto_trainer.served import ServerWatch
 from tiny_training import REPEAT, config
 from wire import refused
 
+ITERATION = 0
+"""Of the versions that the tests publish."""
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
@@ -114,22 +117,22 @@ def test_the_watch_tells_of_the_first_served_version_and_of_every_refused_one(
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     with ServerWatch(server.address, "policy") as watch:
         publish(tmp_path, small_policy())
-        watch.published(1)
+        watch.published(1, ITERATION)
         assert next_news(watch) == f"{server.address} serves version 1"
         assert watch.conclude() == f"{server.address} serves version 1"
         publish_broken(tmp_path, elsewhere, 2)
-        watch.published(2)
+        watch.published(2, ITERATION)
         assert next_news(watch).startswith(f"{server.address} refuses version 2: weights.safetensors sha256")
         assert watch.scalars() == {"checkpoint/served_version": 1.0, "checkpoint/refused_versions": 1.0}
         with pytest.raises(RefusedError, match=r"refuses version 2: .*truncated or changed"):
             watch.conclude()
         publish(tmp_path, small_policy(), version=3)
-        watch.published(3)
+        watch.published(3, ITERATION)
         assert watch.conclude() == f"{server.address} serves version 3"
         assert watch.scalars() == {"checkpoint/served_version": 3.0, "checkpoint/refused_versions": 1.0}
         assert watch.news() == [f"{server.address} serves version 3"]
         publish(tmp_path, small_policy(), version=4)
-        watch.published(4)
+        watch.published(4, ITERATION)
         assert watch.conclude() == f"{server.address} serves version 4"
         assert watch.news() == []
 
@@ -139,7 +142,7 @@ def test_the_watch_tells_of_a_first_version_that_is_refused(
 ) -> None:
     publish_broken(tmp_path, tmp_path_factory.mktemp("elsewhere"), 1)
     with ServerWatch(server.address, "policy") as watch:
-        watch.published(1)
+        watch.published(1, ITERATION)
         assert next_news(watch).startswith(f"{server.address} refuses version 1: ")
         with pytest.raises(TrainerError, match="refuses version 1"):
             watch.conclude()
@@ -150,7 +153,7 @@ def test_a_server_that_is_down_is_news_and_no_error(tmp_path: Path) -> None:
     with ServerProcess(tmp_path) as server:
         address = server.address
     with ServerWatch(address, "policy") as watch:
-        watch.published(1)
+        watch.published(1, ITERATION)
         assert next_news(watch) == f"{address} does not answer (UNAVAILABLE); training goes on"
         assert watch.conclude() == f"{address} does not answer (UNAVAILABLE): nobody knows if it serves v1"
         with ServerProcess(tmp_path, "--port", address.rpartition(":")[2]):
@@ -159,17 +162,33 @@ def test_a_server_that_is_down_is_news_and_no_error(tmp_path: Path) -> None:
 
 
 def test_a_server_of_another_repository_is_news_once_and_no_error(server: ServerProcess) -> None:
-    text = f"{server.address} does not serve version 1 yet; is this its repository?"
+    text = f"{server.address} does not serve version 1; is this its repository?"
     with ServerWatch(server.address, "policy", patience_s=0.5) as watch:
-        watch.published(1)
+        watch.published(1, ITERATION)
         assert next_news(watch) == text
         assert watch.conclude() == text
         assert watch.news() == []
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_server_that_serves_another_trainings_version_does_not_reassure(
+    server: ServerProcess, tmp_path: Path, version: int
+) -> None:
+    publish(tmp_path, small_policy(), version=version)
+    wait_until(lambda: newest_is(server, version), "the other training's version")
+    text = (
+        f"{server.address} does not serve version 1, but version {version} of iteration {ITERATION}; "
+        "is this its repository?"
+    )
+    with ServerWatch(server.address, "policy", patience_s=0.5) as watch:
+        watch.published(1, ITERATION + 5)
+        assert next_news(watch) == text
+        assert watch.conclude() == text
+
+
 def test_without_an_address_nothing_is_asked() -> None:
     with ServerWatch(None, "policy") as watch:
-        watch.published(1)
+        watch.published(1, ITERATION)
         assert (watch.news(), watch.scalars(), watch.conclude()) == ([], {}, None)
 
 

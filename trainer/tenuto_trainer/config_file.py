@@ -32,6 +32,8 @@ def read(path: Path) -> dict[str, Any]:
     for name in found:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
+            if isinstance(found[name], dict):
+                raise TrainConfigError(f"{path}: [{name}] is a table, but the file is flat: one key for each setting")
             meant = f"did you mean {' or '.join(map(repr, close))}?" if close else "see tenuto-train --help"
             raise TrainConfigError(f"{path}: {name!r} is not a setting; {meant}")
     try:

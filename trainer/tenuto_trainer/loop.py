@@ -60,6 +60,7 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     torch.set_num_threads(config.torch_threads)
     stop = StopSignal()
     stop.listen()
+    progress.note("starting Ray, which takes some seconds")
     with local_ray(config), ServerWatch(config.server, config.policy) as watch:
         stop.listen()
         ppo = ppo_config(config, observation_space, action_space, start)
@@ -72,7 +73,7 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
             progress.begin(publisher.progress)
             reason = _reason_to_stop(config, stop, publisher.progress)
             while reason is None:
-                watch.published(publisher.version)
+                watch.published(publisher.version, publisher.published_iteration)
                 began, steps_before = time.monotonic(), publisher.progress.env_steps
                 result = algorithm.train()
                 duration = time.monotonic() - began
@@ -92,7 +93,7 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
                 )
             publisher.publish(algorithm)  # What a run that was killed had not published.
             progress.end(f"stopped: {reason}; newest version is {publisher.version}")
-            watch.published(publisher.version)
+            watch.published(publisher.version, publisher.published_iteration)
             advice = f"serve it: tenuto-serve --repository {shlex.quote(str(config.repository))}"
             progress.end(watch.conclude() or advice)
             return publisher.progress

@@ -44,7 +44,8 @@ class CheckpointPublisher(RLlibCallback):
         """Newest version of the policy; None before there is one."""
         self.evaluation: Evaluation | None = None
         """How that version did on held-out seeds; None where nobody looked."""
-        self._published_iteration: int | None = None
+        self.published_iteration = 0
+        """Iteration that this version is of."""
         self._best_published = -math.inf
         self._clock_s = 0.0
 
@@ -57,7 +58,7 @@ class CheckpointPublisher(RLlibCallback):
             return
         repository, name = self._config.repository, self._config.policy
         self.version, self.evaluation = max(checkpoint.versions(repository / name), default=None), published.evaluation
-        self._published_iteration = published.iteration
+        self.published_iteration = published.iteration
         best = checkpoint.best_return(repository, name)
         known = [r for r in (best, self.progress.best_return) if r is not None]
         self.progress = replace(self.progress, best_return=max(known, default=None))
@@ -90,7 +91,7 @@ class CheckpointPublisher(RLlibCallback):
 
     def publish(self, algorithm: Algorithm) -> None:
         """Evaluate the policy and write it as a version now, unless nothing was trained since the last one."""
-        if self._published_iteration == self.progress.iteration:
+        if self.version is not None and self.published_iteration == self.progress.iteration:
             return
         config, policy = self._config, self._policy(algorithm)
         if config.evaluation_episodes:
@@ -100,7 +101,7 @@ class CheckpointPublisher(RLlibCallback):
             folder = checkpoint.write(config.repository, config.policy, policy, self.progress)
         except OSError as error:
             raise CheckpointError(f"{config.repository}: cannot publish to this repository ({error})") from error
-        self._published_iteration, self.version = self.progress.iteration, int(folder.name)
+        self.published_iteration, self.version = self.progress.iteration, int(folder.name)
         self.evaluation = self.progress.evaluation
         if self.progress.return_mean is not None:
             self._best_published = max(self._best_published, self.progress.return_mean)

@@ -42,14 +42,16 @@ class Answer:
     """Newest published version when it was asked."""
     serves: int = 0
     """The version that new episodes begin with; 0: none."""
+    iteration: int = 0
+    """Training iteration that this version is of."""
     refused: dict[int, str] = field(default_factory=dict[int, str])
     """Why it will not serve these versions."""
     failure: str | None = None
     """Why it did not answer; then the rest is what it had said before."""
 
-    def settles(self, version: int) -> bool:
-        """Whether it says what became of a version: refused, served, or passed over for a newer one."""
-        return version in self.refused or self.serves >= version
+    def settles(self, version: int, iteration: int) -> bool:
+        """Whether it says what became of a version of that iteration: refused or served."""
+        return version in self.refused or (self.serves, self.iteration) == (version, iteration)
 
 
 class ServerWatch:
@@ -63,6 +65,7 @@ class ServerWatch:
         # Guards what follows, which both threads use, and is notified whenever it changes.
         self._changed = threading.Condition()
         self._published: list[int] = []
+        self._iteration = 0
         self._late_at_s = 0.0
         self._answer = Answer()
         self._news: list[str] = []
@@ -82,11 +85,12 @@ class ServerWatch:
             self._stopped = True
             self._changed.notify_all()
 
-    def published(self, version: int | None) -> None:
-        """Say what the newest version is; does not wait. Saying it again does nothing."""
+    def published(self, version: int | None, iteration: int) -> None:
+        """Say what the newest version is, and of which iteration; does not wait. Saying it again does nothing."""
         with self._changed:
             if version is not None and version != self._newest:
                 self._published.append(version)
+                self._iteration = iteration
                 self._late_at_s = time.monotonic() + self._patience_s
                 self._changed.notify_all()
 
@@ -130,14 +134,17 @@ class ServerWatch:
 
     @property
     def _is_settled(self) -> bool:
-        return self._answer.settles(self._newest)
+        return self._answer.settles(self._newest, self._iteration)
 
     @property
     def _is_down(self) -> bool:
         return self._answer.failure is not None and self._answer.version == self._newest
 
     def _late(self) -> str:
-        return f"{self._address} does not serve version {self._newest} yet; is this its repository?"
+        served = (
+            f", but version {self._answer.serves} of iteration {self._answer.iteration}" if self._answer.serves else ""
+        )
+        return f"{self._address} does not serve version {self._newest}{served}; is this its repository?"
 
     # ------------------------------------------------------------------ the thread
 
@@ -168,7 +175,11 @@ class ServerWatch:
         if before.failure is not None:
             self._news.append(f"{address} answers again")
         # After that it is no news, but where the version before was refused.
-        if answer.serves > before.serves and (before.serves == 0 or max(self._noted, default=0) > before.serves):
+        if (
+            self._is_settled
+            and answer.serves > before.serves
+            and (before.serves == 0 or max(self._noted, default=0) > before.serves)
+        ):
             self._news.append(f"{address} serves version {answer.serves}")
         for version in sorted(answer.refused.keys() & set(self._published) - self._noted):
             self._noted.add(version)
@@ -183,7 +194,11 @@ def _ask(stub: PolicyServiceStub, policy_name: str) -> Answer:
         reply = stub.GetPolicy(pb.GetPolicyRequest(policy_name=policy_name), timeout=TIMEOUT_S)
     except grpc.RpcError as error:
         return _answer_of(error)
-    return Answer(serves=reply.version, refused={refused.version: refused.message for refused in reply.refused})
+    return Answer(
+        serves=reply.version,
+        iteration=reply.training.iteration,
+        refused={refused.version: refused.message for refused in reply.refused},
+    )
 
 
 def _answer_of(error: grpc.RpcError) -> Answer:

@@ -28,7 +28,9 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Read the command line and the file that it may name. Exits with code 2 and a line if they are not understood."""
     parser = argparse.ArgumentParser(
         prog="tenuto-train",
+        usage="tenuto-train --env ID --memory {dnc,frameconv} --repository FOLDER [--config FILE] [setting …]",
         description="Train a policy with memory and publish its versions to a repository.",
+        epilog="tenuto-train import-popgym --help: publish the policy of an old RLlib checkpoint of a POPGym model.",
         argument_default=argparse.SUPPRESS,  # What is not given stays that of the file, or the default.
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags go before it")
