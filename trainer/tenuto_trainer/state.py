@@ -11,16 +11,19 @@ import hashlib
 import json
 import os
 import secrets
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from tenuto_models import ConfigError, Policy, TrainingProgress, spaces
-from tenuto_trainer.errors import StateError
+from tenuto_trainer.errors import StateError, TrainConfigError
 
 FILE = "training_state.safetensors"
 FORMAT_VERSION = 1
@@ -83,9 +86,20 @@ def write(folder: Path, state: TrainingState) -> None:
         os.close(descriptor)
 
 
-def read(folder: Path) -> TrainingState | None:
-    """Read the state in a policy's folder; None where there is none. Raises StateError for anything but a whole one."""
+def require_replaceable(folder: Path) -> None:
+    """Raise TrainConfigError if no state could be written, so that a run need not train to find out."""
     path = folder / FILE
+    if path.is_dir() and not path.is_symlink():
+        raise TrainConfigError(f"{path}: got a folder, expected a file or nothing: the training state is kept there")
+
+
+def read(folder: Path) -> TrainingState | None:
+    """Read the state in a policy's folder; None where there is none.
+
+    Raises StateError for anything but a whole one, TrainConfigError for what :func:`write` could not replace.
+    """
+    path = folder / FILE
+    require_replaceable(folder)
     if not os.path.lexists(path):
         return None
     if not path.is_file():
@@ -98,12 +112,28 @@ def read(folder: Path) -> TrainingState | None:
         about = json.loads(text)
         if not isinstance(about, dict) or about.get("format_version") != FORMAT_VERSION or set(about) != _KEYS:
             raise StateError(f"{path}: not a training state of format {FORMAT_VERSION}")
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise StateError(f"{path}: {name}: got {tensor.dtype}, expected {torch.float32}")
         if header.get("sha256") != _sha256(text, tensors):
             raise StateError(f"{path}: does not match its own sha256 (damaged)")
+        _require_plain(path, about)
         progress = TrainingProgress.from_json(about["progress"])
     except (OSError, SafetensorError, ValueError, RecursionError, ConfigError) as error:
         raise StateError(f"{path}: cannot be read ({error})") from error
     return TrainingState(tensors, about["policy"], progress, about["version"], about["best_published"])
+
+
+def _require_plain(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise StateError for what is whole, but nothing that :func:`write` was ever given."""
+    version, best = about["version"], about["best_published"]
+    # bool is an int to Python. JSON as Python reads it knows NaN, infinity and whole numbers of any size.
+    if type(version) is not int or not 0 <= version < 2**63:
+        raise StateError(f"{path}: version: got {version!r}, expected a whole number")
+    if best is not None and (type(best) not in (int, float) or not abs(best) <= sys.float_info.max):
+        raise StateError(f"{path}: best_published: got {best!r}, expected a finite number or null")
+    if not isinstance(about["policy"], dict):
+        raise StateError(f"{path}: policy: got {type(about['policy']).__name__}, expected an object")
 
 
 def _sha256(text: str, tensors: dict[str, Tensor]) -> str:

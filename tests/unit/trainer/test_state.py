@@ -1,6 +1,9 @@
 """The state of a killed run is taken whole, by the run that it belongs to, or not at all."""
 
+import json
+import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tiny_training
 from tenuto_models import Policy, TrainingProgress, checkpoint
 from tenuto_trainer import state as training_state
-from tenuto_trainer.errors import StateError
+from tenuto_trainer.errors import StateError, TrainConfigError
 from tenuto_trainer.resume import Start, find_start
 from tenuto_trainer.state import TrainingState
 
@@ -83,6 +87,21 @@ def _flip(path: Path) -> None:
     path.write_bytes(payload)
 
 
+def _rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Other tensors under the very header that was written."""
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(change(tensors), path, header)
+
+
+def _describe(path: Path, **changes: Any) -> None:
+    """Another description, with a sha256 that is right."""
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = json.dumps(json.loads(header["tenuto"]) | changes)
+    save_file(tensors, path, {"tenuto": text, "sha256": training_state._sha256(text, tensors)})
+
+
 SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "cannot be read"),
     "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
@@ -95,7 +114,44 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other format": (lambda path: save_file({}, path, {"tenuto": '{"format_version": 2}'}), "not a training state of"),
     "deep": (lambda path: save_file({}, path, {"tenuto": "[" * 100_000}), "cannot be read"),
     "pickle": (lambda path: torch.save({}, path), "cannot be read"),
-    "folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
+    "no file": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+    "other names": (
+        lambda path: _rewrite(path, lambda tensors: {f"{name}_": tensor for name, tensor in tensors.items()}),
+        "does not match its own sha256",
+    ),
+    "names that changed places": (
+        lambda path: _rewrite(path, lambda tensors: dict(zip(tensors, reversed(tensors.values()), strict=True))),
+        "does not match its own sha256",
+    ),
+    "other shapes": (
+        lambda path: _rewrite(path, lambda tensors: {name: x.flatten() for name, x in tensors.items()}),
+        "does not match its own sha256",
+    ),
+    "no tensors": (lambda path: _rewrite(path, lambda _: {}), "does not match its own sha256"),
+    **{
+        f"other type {dtype}": (
+            lambda path, dtype=dtype: _rewrite(path, lambda tensors: {n: x.to(dtype) for n, x in tensors.items()}),
+            rf"weights/\S+: got {dtype}, expected torch.float32",
+        )
+        for dtype in (torch.bfloat16, torch.float64, torch.int32)
+    },
+    "another type of the same bytes": (
+        lambda path: _rewrite(path, lambda tensors: {name: x.view(torch.int32) for name, x in tensors.items()}),
+        r"weights/\S+: got torch.int32, expected torch.float32",
+    ),
+    **{
+        f"{key} of {value!r}": (
+            lambda path, key=key, value=value: _describe(path, **{key: value}),
+            rf"{key}: got {re.escape(repr(value))}, expected ",
+        )
+        for key, value in [
+            *[("version", value) for value in ("x", None, -1, True, 1.0, 2**63)],
+            *[("best_published", value) for value in ("y", True, math.nan, math.inf, 10**400, [])],
+        ]
+    },
+    "policy that is none": (lambda path: _describe(path, policy=[]), "policy: got list, expected an object"),
+    "progress that is none": (lambda path: _describe(path, progress=None), "cannot be read"),
+    "key too many": (lambda path: _describe(path, more=1), "not a training state of format 1"),
 }
 
 
@@ -111,7 +167,25 @@ def test_spoiled_state_is_refused_and_the_version_beside_it_taken(
         training_state.read(folder)
     start = _start(tmp_path, policy)
     assert (start.state, start.folder, start.progress) == (None, folder / "2", TrainingProgress(iteration=5))
-    assert start.refused.startswith(f"{folder / training_state.FILE}: {message}")
+    assert re.match(f"{re.escape(str(folder / training_state.FILE))}: {message}", start.refused)
+
+
+@pytest.mark.parametrize("best", [None, 0, -0.5])
+def test_best_return_may_be_none_or_any_number(best: float | None, state: TrainingState, tmp_path: Path):
+    training_state.write(tmp_path, replace(state, best_published=best, version=0))
+    found = training_state.read(tmp_path)
+    assert found is not None
+    assert (found.best_published, found.version) == (best, 0)
+
+
+def test_folder_in_the_states_place_is_refused_before_anything_is_trained(policy: Policy, tmp_path: Path):
+    """No state could ever be written there."""
+    folder = _publish(tmp_path, policy, 0)
+    (folder / training_state.FILE).mkdir()
+    with pytest.raises(
+        TrainConfigError, match=r"training_state\.safetensors: got a folder, expected a file or nothing"
+    ):
+        _start(tmp_path, policy)
 
 
 @pytest.mark.parametrize(
