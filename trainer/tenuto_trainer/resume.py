@@ -54,11 +54,30 @@ def find_start(
     config: PolicyConfig,
 ) -> Start:
     """Return what is newest and can be used. Raises TrainConfigError if the version is another kind of policy."""
-    found = _newest_version(repository / policy_name)
+    found = require_same_policy(repository / policy_name, observation_space, action_space, config)
     if found is None:
         alone = (repository / policy_name / training_state.FILE).exists()
         return Start(refused="there is no version beside the state that can be read" if alone else "")
     folder = repository / policy_name / str(found.version)
+    try:
+        state = training_state.read(repository / policy_name)
+        if state is not None:
+            _require_successor(state, found)
+    except StateError as error:
+        return Start(folder, found.training, refused=str(error))
+    return Start(folder, found.training, state)
+
+
+def require_same_policy(
+    folder: Path, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], config: PolicyConfig
+) -> Checkpoint | None:
+    """Return the newest version of a policy's folder that can be read; None: there is none.
+
+    Raises TrainConfigError if it is another kind of policy: one name stands for one kind, as for its sessions.
+    """
+    found = _newest_version(folder)
+    if found is None:
+        return None
     differences = [
         f"{what}: got {got}, but version {found.version} has {has}"
         for what, got, has in (
@@ -69,14 +88,11 @@ def find_start(
         if got != has
     ]
     if differences:
-        raise TrainConfigError(f"{'; '.join(differences)} ({folder}); choose another policy name to begin a new policy")
-    try:
-        state = training_state.read(repository / policy_name)
-        if state is not None:
-            _require_successor(state, found)
-    except StateError as error:
-        return Start(folder, found.training, refused=str(error))
-    return Start(folder, found.training, state)
+        raise TrainConfigError(
+            f"{'; '.join(differences)} ({folder / str(found.version)}); choose another policy name to begin a new "
+            "policy"
+        )
+    return found
 
 
 def _newest_version(folder: Path) -> Checkpoint | None:

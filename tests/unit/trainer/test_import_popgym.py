@@ -21,41 +21,15 @@ from ray.rllib.utils.filter import MeanStdFilter, NoFilter
 from torch import nn
 
 import tenuto_envs
+from old_checkpoints import DATA, ENV, assert_refused, dnc_of, import_from, imported, weights, write
 from old_stack import MODELS, SMALL, batched, build
-from tenuto_models import Policy, checkpoint
-from tenuto_trainer import train
+from tenuto_models import Policy
 from tenuto_trainer.errors import ImportedError
 from tenuto_trainer.importing import inert_pickle, old_policy, rllib_checkpoint
 from tenuto_trainer.modelv2 import BaseModel, Frameconv
 
-DATA = Path(__file__).parents[2] / "data" / "popgym"
-ENV = "popgym-RepeatPreviousEasy-v0"
 CLASSES = ("DiffNC", "Frameconv")
 EASY = sorted(env["id"] for env in popgym.envs.ALL_EASY.values())
-
-
-def import_from(path: Path, tmp_path: Path, *flags: str, env: str = ENV) -> int:
-    arguments = ["--checkpoint", str(path), "--env", env, "--repository", str(tmp_path / "r"), "--policy", "p", *flags]
-    return train.main(["import-popgym", *arguments])
-
-
-def imported(tmp_path: Path) -> checkpoint.Checkpoint:
-    return checkpoint.read(tmp_path / "r" / "p" / "1")
-
-
-def weights(cls: str) -> dict[str, np.ndarray]:
-    return {name: array.copy() for name, array in rllib_checkpoint.read(DATA / cls).weights.items()}
-
-
-def write(tmp_path: Path, cls: str = "DiffNC", config: Any = None, **changes: Any) -> Path:
-    """A policy's folder as Ray 2 writes it, with its weights changed; None takes one away."""
-    given = {**weights(cls), **changes}
-    state = {
-        "weights": {name: array for name, array in given.items() if array is not None},
-        "policy_spec": {"config": {"observation_filter": "NoFilter", "model": {"max_seq_len": 64}} | (config or {})},
-    }
-    (tmp_path / "policy_state.pkl").write_bytes(pickle.dumps(state))
-    return tmp_path
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -357,19 +331,7 @@ def test_unscaled_continuous_actions_are_refused() -> None:
     box = spaces.Box(-2, 2, (1,))
     with pytest.raises(ImportedError, match="normalize_actions: got False"):
         old_policy._require_as_served({"normalize_actions": False}, frozenset(), box)
-    assert old_policy._require_as_served({"model": {"max_seq_len": 8}}, frozenset({"NoFilter"}), box) == []
-
-
-def dnc_of(read_heads: int, cell_size: int) -> dict[str, np.ndarray]:
-    """The tensors of a DNC of 16 units that say how many reads there are."""
-    reads = read_heads * cell_size
-    rows = reads + 3 * cell_size + 5 * read_heads + 3
-    interface = "core.rnn_layer_memory_shared.interface_weights"
-    shapes = {
-        "core.output.weight": (16, 16 + reads), "core.lstm_layer_0.weight_ih_l0": (64, 16 + reads),
-        f"{interface}.weight": (rows, 16), f"{interface}.bias": (rows,),
-    }  # fmt: skip
-    return {name: np.full(shape, 0.01, np.float32) for name, shape in shapes.items()}
+    assert old_policy._require_as_served({"model": {"custom_model_config": {}}}, frozenset({"NoFilter"}), box) == []
 
 
 def test_sizes_that_the_tensors_leave_open_are_taken_from_the_configuration_or_asked_for(
@@ -388,13 +350,3 @@ def test_sizes_that_the_tensors_leave_open_are_taken_from_the_configuration_or_a
     folder = write(tmp_path, config={"model": {"custom_model_config": custom}}, **dnc_of(6, 5))
     assert import_from(folder, tmp_path / "config") == 0
     assert imported(tmp_path / "config").policy.config.memory.num_read_heads == 6  # type: ignore[union-attr]
-
-
-def assert_refused(message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One line says why, and there is no version."""
-    error = capfd.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert error.startswith("tenuto-train: ")
-    with pytest.raises(ImportedError, match=message):
-        raise ImportedError(error)
-    assert checkpoint.versions(tmp_path / "r" / "p") == []

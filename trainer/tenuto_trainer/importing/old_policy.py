@@ -1,7 +1,7 @@
 """Makes a published version of the policy in an old RLlib checkpoint of DiffNC or Frameconv, POPGym's or our modelv2's.
 
-What the model is, its tensors say; what they leave open, the plain values in the checkpoint's configuration or the
-caller. Anything that would make the published policy play otherwise than the old one is refused.
+What sizes the model has, its tensors say; what they leave open, the plain values in the checkpoint's configuration or
+the caller. Anything that would make the published policy play otherwise than the old one is refused.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces as gym_spaces
-from numpy.typing import NDArray
 
 from tenuto_envs import make
-from tenuto_models import Policy, TrainingProgress, checkpoint, import_popgym, spaces
+from tenuto_models import ConfigError, Policy, TrainingProgress, checkpoint, import_popgym, spaces
 from tenuto_models.distributions import distribution_for
 from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import ImportedError
+from tenuto_trainer.importing.embedding import embedding_of
 from tenuto_trainer.importing.inert_pickle import Placeholder
 from tenuto_trainer.importing.rllib_checkpoint import as_mapping, read
-
-Weights = Mapping[str, NDArray[Any]]
-_INTERFACE = "core.rnn_layer_memory_shared.interface_weights"
+from tenuto_trainer.importing.tensors import INTERFACE, Tensors, require_finite, tensors_of
+from tenuto_trainer.resume import require_same_policy
 
 
 def published(
@@ -33,20 +32,28 @@ def published(
     """Publish the policy of the checkpoint at ``path`` and return the version's folder and notes for its user.
 
     ``given`` are POPGym's ``read_heads`` and ``cell_size`` where the caller knows them, else None; an empty
-    ``policy_name`` stands for the environment's id. Raises ImportedError, or what the environment, the model and the
-    repository raise.
+    ``policy_name`` stands for the environment's id. Raises ImportedError, TrainConfigError if the repository's policy
+    of that name is another, or what the environment, the model and the repository raise.
     """
     name = TrainConfig(env_id, "dnc", repository, policy=policy_name).policy
     old = read(path)
     env = make(env_id)
     try:
         notes = _require_as_served(old.config, old.filters, env.action_space)
-        weights = _under_popgym_names(old.weights)
-        theirs = import_popgym(_config_of(weights, old.config, given), weights)
+        tensors = tensors_of(old.weights)
+        theirs, more = _imported(tensors, _custom(old.config), given)
         policy = _with_spaces_of(env_id, env, theirs)
     finally:
         env.close()
-    return checkpoint.write(repository, name, policy, TrainingProgress(env_steps=old.env_steps)), notes
+    require_finite(old.weights)
+    require_same_policy(repository / name, policy.observation_space, policy.action_space, policy.config)
+    return checkpoint.write(repository, name, policy, TrainingProgress(env_steps=old.env_steps)), notes + more
+
+
+def _custom(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The model's own configuration; None where the checkpoint does not hold it."""
+    custom: object = as_mapping(config.get("model")).get("custom_model_config")
+    return as_mapping(custom) if isinstance(custom, Mapping) else None
 
 
 def _require_as_served(
@@ -61,10 +68,9 @@ def _require_as_served(
         )
     if isinstance(action_space, gym_spaces.Box) and not config.get("normalize_actions", True):
         raise ImportedError("normalize_actions: got False, expected True: a server scales actions to their bounds")
-    model = as_mapping(config.get("model"))
-    if not model:
+    custom = _custom(config)
+    if custom is None:
         return ["the checkpoint does not say what the activations are; taken to be LeakyReLU, as in POPGym"]
-    custom = as_mapping(model.get("custom_model_config"))
     for key in ("preprocessor", "postprocessor", "actor", "critic"):
         layers = _layers(custom.get(key))
         if layers != ["Linear", "LeakyReLU"] * (len(layers) // 2):
@@ -87,79 +93,48 @@ def _layers(module: object) -> list[str]:
     return [] if name == "Identity" else [name]
 
 
-def _config_of(weights: Weights, config: Mapping[str, Any], given: Mapping[str, int | None]) -> dict[str, Any]:
-    """What :func:`import_popgym` asks for, from the shapes of the tensors."""
-    custom = as_mapping(as_mapping(config.get("model")).get("custom_model_config"))
-    own: dict[str, Any] = {key: custom[key] for key in ("embedding_mode", "embedding_size") if key in custom}
-    own["scale_embedding"] = custom.get("scale_embedding", True)
-    embedded = "embedding.weight" in weights or ("core.weight" in weights and "embedding_strength" in weights)
-    own["embedding"] = custom.get("embedding", "sine") if embedded else None
-    features, observation = _shape(weights, "feature_map.0.weight", 2)
-    own["preprocessor_input_size"] = features
-    if "core.weight" in weights:
-        kind = "Frameconv"
-        own["hidden_size"], _, own["stack_size"] = _shape(weights, "core.weight", 3)
-    elif "core.output.weight" in weights:
-        kind = "DiffNC"
-        own["hidden_size"] = _shape(weights, "core.output.weight", 2)[0]
-        own["read_heads"], own["cell_size"] = _heads_and_cell(weights, own["hidden_size"], custom, given)
+def _imported(
+    tensors: Tensors, custom: Mapping[str, Any] | None, given: Mapping[str, int | None]
+) -> tuple[Policy, list[str]]:
+    """Return the policy over flat spaces, and what was assumed about it."""
+    features, observation = tensors.shape("feature_map.0.weight", 2)
+    own: dict[str, Any] = {"preprocessor_input_size": features}
+    if tensors.kind == "Frameconv":
+        own["hidden_size"], _, own["stack_size"] = tensors.shape("core.weight", 3)
+        if flags := _flags(given):
+            raise ImportedError(f"{flags}: got a checkpoint of a Frameconv, which has neither read heads nor cells")
     else:
-        core = sorted(name for name in weights if name.startswith("core."))
-        raise ImportedError(f"core: got tensors {core}, expected those of POPGym's DiffNC or Frameconv")
-    return {
-        "cls": kind,
-        "cfg": own,
-        "obs_dim": observation,
-        "n_act": _shape(weights, "actor.1.weight", 2)[0],
-        "max_seq_len": _period(weights, custom) if embedded else None,
-    }
-
-
-def _period(weights: Weights, custom: Mapping[str, Any]) -> int:
-    """POPGym's table has a row for each step; where there is no table, the model is ours."""
-    if "embedding.weight" in weights:
-        return _shape(weights, "embedding.weight", 2)[0]
-    return custom.get("embedding_period", 1024)
-
-
-def _under_popgym_names(weights: Weights) -> Weights:
-    """Return the tensors of our modelv2 classes under POPGym's names, in its layouts; all others as they are."""
-    theirs = dict(weights)
+        own["hidden_size"] = tensors.shape("core.output.weight", 2)[0]
+        own["read_heads"], own["cell_size"] = _heads_and_cell(tensors, own["hidden_size"], custom or {}, given)
+    arrays = dict(tensors.arrays)
     try:
-        if "core.gates.weight" in theirs:
-            gates, bias = theirs.pop("core.gates.weight"), theirs.pop("core.gates.bias")
-            hidden = theirs["core.output.weight"].shape[0]
-            theirs |= {
-                "core.lstm_layer_0.weight_ih_l0": gates[:, :-hidden],
-                "core.lstm_layer_0.weight_hh_l0": gates[:, -hidden:],
-                "core.lstm_layer_0.bias_ih_l0": bias,
-                "core.lstm_layer_0.bias_hh_l0": np.zeros_like(bias),
-                f"{_INTERFACE}.weight": theirs.pop("core.access.interface.weight"),
-                f"{_INTERFACE}.bias": theirs.pop("core.access.interface.bias"),
-            }
-        elif "core.conv.weight" in theirs:
-            taps, layers = (
-                theirs.pop("core.conv.weight"),
-                [int(n.split(".")[1]) for n in theirs if n.startswith("pre.")],
-            )
-            features = theirs[f"pre.{max(layers)}.bias" if layers else "feature_map.0.bias"].shape[0]
-            theirs["core.weight"] = taps.reshape(taps.shape[0], -1, features).transpose(0, 2, 1)
-            theirs["core.bias"] = theirs.pop("core.conv.bias")
-    except (KeyError, IndexError, ValueError) as error:
-        raise ImportedError(
-            f"core: got {sorted(weights)}, expected all tensors of a DiffNC or Frameconv ({error})"
-        ) from error
-    return theirs
+        embedding = embedding_of(tensors, features, custom)
+        if embedding.period is not None and not tensors.is_popgym:
+            # Stands for the table that POPGym saves: step 0, which is the same for every period.
+            arrays["embedding.weight"] = np.arange(features, dtype=np.float32)[None] % 2
+        config = {
+            "cls": tensors.kind,
+            "cfg": own | embedding.config,
+            "obs_dim": observation,
+            "n_act": tensors.shape("actor.1.weight", 2)[0],
+            "max_seq_len": embedding.period,
+        }
+        return import_popgym(config, arrays), embedding.notes
+    except ConfigError as error:
+        raise ImportedError(tensors.in_own_names(str(error))) from error
 
 
 def _heads_and_cell(
-    weights: Weights, hidden: int, custom: Mapping[str, Any], given: Mapping[str, int | None]
+    tensors: Tensors, hidden: int, custom: Mapping[str, Any], given: Mapping[str, int | None]
 ) -> tuple[int, int]:
     """R and W from ``R W`` (columns of the output layer) and ``R W + 3 W + 5 R + 3`` (rows of the interface)."""
-    reads = _shape(weights, "core.output.weight", 2)[1] - hidden
-    (interface,) = _shape(weights, f"{_INTERFACE}.bias", 1)
+    reads = tensors.shape("core.output.weight", 2)[1] - hidden
+    (interface,) = tensors.shape(f"{INTERFACE}.bias", 1)
     sizes = [(reads // w, w) for w in range(1, reads + 1) if reads % w == 0]
     fitting = [(r, w) for r, w in sizes if reads + 3 * w + 5 * r + 3 == interface]
+    what = f"DiffNC with {reads} reads and an interface of {interface}"
+    if not fitting:
+        raise ImportedError(f"{what}: there are no read heads and cell size that make these")
     wanted = {key: value for key, value in given.items() if value is not None}
     # The configuration only decides what the tensors leave open; the caller's word must hold.
     if not wanted and len(fitting) > 1:
@@ -169,19 +144,18 @@ def _heads_and_cell(
     ]
     if len(found) == 1:
         return found[0]
+    if len(fitting) == 1:
+        (r, w) = fitting[0]
+        raise ImportedError(f"{_flags(given)}: the tensors only allow --read-heads {r} --cell-size {w}")
     raise ImportedError(
-        f"DiffNC with {reads} reads and an interface of {interface}: got read heads and cell size {found or wanted}, "
-        f"expected one of {fitting}; say which with --read-heads and --cell-size"
+        f"{what}: got read heads and cell size {found or wanted}, expected one of {fitting}; say which with "
+        "--read-heads and --cell-size"
     )
 
 
-def _shape(weights: Weights, name: str, ndim: int) -> tuple[int, ...]:
-    if name not in weights:
-        raise ImportedError(f"POPGym tensors: missing {name!r}, got {sorted(weights)}")
-    shape = weights[name].shape
-    if len(shape) != ndim:
-        raise ImportedError(f"POPGym tensor {name}: got shape {shape}, expected {ndim} dimensions")
-    return shape
+def _flags(given: Mapping[str, int | None]) -> str:
+    """What the caller gave, as on the command line."""
+    return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in given.items() if value is not None)
 
 
 def _with_spaces_of(env_id: str, env: gymnasium.Env[Any, Any], theirs: Policy) -> Policy:

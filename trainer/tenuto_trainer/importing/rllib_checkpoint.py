@@ -109,8 +109,12 @@ def _state_file(path: Path) -> Path:
         raise ImportedError(f"checkpoint: got {str(path)!r}, which is of RLlib's new API stack, expected the old")
     raise ImportedError(
         f"checkpoint: got {str(path)!r}, expected policies/{_POLICY}/policy_state.pkl, policy_state.pkl or one "
-        f"checkpoint-<number> in it, found {sorted(p.name for p in path.iterdir())}"
+        f"checkpoint-<number> in it, found {_few(sorted(p.name for p in path.iterdir()))}"
     )
+
+
+def _few(names: list[str], most: int = 8) -> str:
+    return f"{names}" if len(names) <= most else f"{names[:most]} and {len(names) - most} more"
 
 
 def _ray1_config(state: Mapping[Any, Any], worker: Mapping[Any, Any]) -> Mapping[str, Any]:
