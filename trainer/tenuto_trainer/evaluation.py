@@ -8,6 +8,8 @@ Legend: B episodes in play, O flattened observation, A action dimensions.
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import torch
 
@@ -23,11 +25,14 @@ assert FIRST_SEED > 1.5 * MAX_SEED
 
 
 def evaluate(policy: Policy, env_id: str, episodes: int, max_steps: int) -> Evaluation:
-    """Play ``episodes`` episodes of at most ``max_steps`` steps each. Does not modify the policy, draws nothing.
+    """Play ``episodes`` episodes of at most ``max_steps`` steps each. Does not modify the policy.
 
+    Leaves Python's and numpy's global random numbers as they were: an environment that seeds them (POPGym's mazes do)
+    would bring the same training episodes back after every evaluation.
     Raises EnvError where the environment cannot be built or breaks its word.
     """
     envs: list[Env] = []
+    python_random, numpy_random = random.getstate(), np.random.get_state()
     try:
         envs.extend(for_rllib(make(env_id)) for _ in range(min(episodes, _AT_ONCE)))
         seeds = range(FIRST_SEED, FIRST_SEED + episodes)
@@ -39,6 +44,8 @@ def evaluate(policy: Policy, env_id: str, episodes: int, max_steps: int) -> Eval
     finally:
         for env in envs:
             env.close()
+        random.setstate(python_random)
+        np.random.set_state(numpy_random)
     returns = np.array([total for total, _ in played], np.float64)
     return Evaluation(
         episodes=episodes,

@@ -8,8 +8,10 @@ import signal
 import time
 from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 import torch
+from gymnasium import spaces
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from tenuto_envs import make
@@ -17,9 +19,10 @@ from tenuto_models import Policy, TrainingProgress
 from tenuto_trainer import config_file
 from tenuto_trainer.config import MAX_SEED, TrainConfig
 from tenuto_trainer.folders import sweep
+from tenuto_trainer.lock import only_training
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config, uses_gpu
 from tenuto_trainer.progress import IterationReport, Progress, scalars_of
-from tenuto_trainer.resume import find_start
+from tenuto_trainer.resume import Start, find_start
 from tenuto_trainer.served import ServerWatch
 
 
@@ -53,10 +56,20 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     policy_config = config.policy_config()
     Policy(observation_space, action_space, policy_config)  # Refuses what no policy can be built for.
     uses_gpu(config)  # Refuses a GPU that is not there.
-    start = find_start(config.repository, config.policy, observation_space, action_space, policy_config)
-
     if config.seed is None:
         config = replace(config, seed=secrets.randbelow(MAX_SEED))
+    with only_training(config):
+        start = find_start(config.repository, config.policy, observation_space, action_space, policy_config)
+        return _train(config, observation_space, action_space, start, progress)
+
+
+def _train(
+    config: TrainConfig,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    start: Start,
+    progress: Progress,
+) -> TrainingProgress:
     torch.set_num_threads(config.torch_threads)
     stop = StopSignal()
     stop.listen()

@@ -105,7 +105,8 @@ class DNCCore(nn.Module):
         # The features are [read_vectors, h], the columns of the output layer [h, read_vectors].
         y = linear(features, self.output.weight.roll(read, dims=1), self.output.bias).transpose(0, 1)
         if seq_lens is None:
-            carried, *scanned = (states[-1] for states in (carried, *scanned))
+            # Copies, so that the state does not keep all states before it alive.
+            carried, *scanned = (states[-1].clone() for states in (carried, *scanned))
         else:
             last, rows = seq_lens.long(), torch.arange(len(seq_lens), device=seq_lens.device)
             carried, *scanned = (states[last, rows] for states in (carried, *scanned))

@@ -1,5 +1,6 @@
 """Evaluation plays whole episodes greedily, on seeds of its own, as anybody would who plays them one by one."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,12 +119,23 @@ def test_episode_that_does_not_end_is_cut_and_counted(monkeypatch: pytest.Monkey
     )  # RLlib counts up from the seed of training, by workers and environments.
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:popgym.core.maze")
+def test_an_environment_that_seeds_the_whole_process_does_not_bring_old_training_episodes_back():
+    maze = "popgym-LabyrinthExploreEasy-v0"
+    policy = _policy(tenuto_envs.make(maze))
+    np.random.seed(1)
+    random.seed(1)
+    expected = np.random.RandomState(1).random(), random.Random(1).random()
+    evaluate(policy, maze, 1, 3)
+    assert (np.random.random(), random.random()) == expected
+
+
 def test_evaluation_leaves_policy_and_random_numbers_alone():
     policy = _policy(tenuto_envs.make(tiny_training.REPEAT))
     weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    random = torch.get_rng_state(), np.random.get_state()[1]
+    before = torch.get_rng_state(), np.random.get_state()[1]
     evaluate(policy, tiny_training.REPEAT, 3, 100)
-    assert torch.equal(torch.get_rng_state(), random[0])
-    np.testing.assert_array_equal(np.random.get_state()[1], random[1])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
     assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.state_dict().items())
     assert all(parameter.grad is None for parameter in policy.parameters())
