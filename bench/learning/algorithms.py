@@ -65,7 +65,12 @@ def _on_old_stack(algorithm: str, settings: TrainConfig) -> PPOConfig:
         PPOConfig()
         .api_stack(enable_rl_module_and_learner=False, enable_env_runner_and_connector_v2=False)
         .environment("compared", disable_env_checking=True)
-        .env_runners(num_env_runners=0, num_envs_per_env_runner=settings.num_envs)
+        .env_runners(
+            num_env_runners=0,
+            num_envs_per_env_runner=settings.num_envs,
+            # POPGym's Frameconv fails beyond step max_seq_len, padding included: its rows must be whole episodes.
+            batch_mode="complete_episodes" if algorithm == "seed-frameconv" else "truncate_episodes",
+        )
         .training(
             lr=settings.lr,
             gamma=settings.gamma,

@@ -93,7 +93,7 @@ def table(env_id: str) -> list[str]:
         if not curves:
             continue
         finals = [final_return(c) for c in curves]
-        best = max(row["return_mean"] for c in curves for row in c if row["return_mean"] is not None)
+        best = mean(max(row["return_mean"] for row in c if row["return_mean"] is not None) for c in curves)
         reached = [steps_until(c, 0.9) for c in curves]
         until = "–" if None in reached else f"{mean(r for r in reached if r) / 1000:.0f} k steps"
         speeds = (mean(c[-1]["steps"] / c[-1][key] for c in curves) for key in ("wall_s", "cpu_s"))

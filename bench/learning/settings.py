@@ -11,8 +11,7 @@ from tenuto_trainer import TrainConfig
 def settings_for(env_id: str, algorithm: str, memory: str, seed: int, **overrides: Any) -> TrainConfig:
     """Return the trainer's defaults, which are the study's, but for two algorithms that need others.
 
-    RLlib's own networks get twice the width. POPGym's Frameconv fails at step ``max_seq_len`` of an episode, so its
-    rows must be longer than the longest one.
+    RLlib's own networks get twice the width. POPGym's Frameconv fails beyond step ``max_seq_len`` of an episode.
     """
     chosen: dict[str, Any] = {"seed": seed, "hidden_size": 128 if algorithm in ("lstm", "mlp") else 64}
     if algorithm == "seed-frameconv":
