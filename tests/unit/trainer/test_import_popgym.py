@@ -331,6 +331,8 @@ def test_unscaled_continuous_actions_are_refused() -> None:
     box = spaces.Box(-2, 2, (1,))
     with pytest.raises(ImportedError, match="normalize_actions: got False"):
         old_policy._require_as_served({"normalize_actions": False}, frozenset(), box)
+    with pytest.raises(ImportedError, match="custom_action_dist: got 'beta'"):
+        old_policy._require_as_served({"model": {"custom_action_dist": "beta"}}, frozenset(), box)
     assert old_policy._require_as_served({"model": {"custom_model_config": {}}}, frozenset({"NoFilter"}), box) == []
 
 

@@ -68,6 +68,8 @@ def _require_as_served(
         )
     if isinstance(action_space, gym_spaces.Box) and not config.get("normalize_actions", True):
         raise ImportedError("normalize_actions: got False, expected True: a server scales actions to their bounds")
+    if distribution := as_mapping(config.get("model")).get("custom_action_dist"):
+        raise ImportedError(f"custom_action_dist: got {distribution!r}, expected None: a server draws as RLlib does")
     custom = _custom(config)
     if custom is None:
         return ["the checkpoint does not say what the activations are; taken to be LeakyReLU, as in POPGym"]
