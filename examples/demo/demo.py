@@ -6,6 +6,7 @@ Started by ``make demo``. Ends by itself, exits 0 exactly when the last version 
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import signal
@@ -296,6 +297,7 @@ def judge(view: View, console: Console) -> bool:
 
 def main() -> int:
     """Run the demo and return the exit code."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console = Console()
     if FOLDER.exists():
         old = FOLDER.with_suffix(".old")

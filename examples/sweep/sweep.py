@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parallel", type=int, default=os.cpu_count() or 1, help="trials at once, a CPU each (all)")
     parser.add_argument("--smoke", action="store_true", help="two tiny trials, to see that everything works")
     arguments, others = parser.parse_known_args(argv)
+    if swept := {flag.partition("=")[0] for flag in others} & {"--lr", "--memory", "--hidden-size"}:
+        parser.error(f"{', '.join(sorted(swept))}: drawn for every trial, and cannot be set for all")
     base = parse(["--config", str(SETTINGS), *(SMOKE if arguments.smoke else []), *others])
     num_samples = 2 if arguments.smoke else arguments.samples
     # Ray is told before it is imported; its workers run in folders of their own.
