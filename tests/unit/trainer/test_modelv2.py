@@ -8,6 +8,7 @@ import copy
 import inspect
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -305,6 +306,7 @@ def test_memory_takes_the_width_that_leaves_the_preprocessor(cls: type[BaseModel
         ({"preprocessor_output_size": 20}, "preprocessor_output_size: got 20, but preprocessor makes"),
         ({"postprocessor": nn.Linear(12, 12)}, "postprocessor: got Linear.*takes 16 features"),
         ({"actor": nn.Linear(16, 8), "postprocessor_output_size": 16}, "postprocessor_output_size: got 16, but actor"),
+        ({"preprocessor": nn.GRU(12, 12)}, "preprocessor: got GRU.*makes a tuple"),
         ({"critic": nn.Flatten(0)}, r"postprocessor_output_size: got None, but critic makes \[16\]"),
     ],
 )
@@ -322,7 +324,9 @@ def test_sizes_that_do_not_fit_are_refused_at_construction(
         ({"num_hidden_layers": 2}, "num_hidden_layers: got 2, expected 1"),
         ({"nonlinearity": "relu"}, "nonlinearity: got 'relu', expected 'tanh'"),
         ({"cell_size": 17}, "cell_size: got 17, expected an integer from 1 to hidden_size, which is 16"),
-        ({"read_heads": 0}, "num_read_heads: got 0"),
+        ({"cell_size": True}, "cell_size: got True, expected an integer from 1 to hidden_size"),
+        ({"read_heads": 0}, "^read_heads: got 0, expected an integer >= 1"),
+        ({"read_heads": "2"}, "^read_heads: got '2', expected an integer >= 1"),
     ],
 )
 def test_settings_that_no_core_has_are_refused_at_construction(config: dict[str, Any], message: str) -> None:
@@ -414,6 +418,59 @@ def test_observations_of_another_width_are_refused(cls: type[BaseModel]) -> None
         model({"obs": torch.zeros(2, 11)}, batched(model, 2), torch.tensor([1, 1]))
     with pytest.raises(ModelError, match="value_function: got no batch"):
         build(cls).value_function()
+
+
+@models
+@pytest.mark.parametrize("batch", [{}, {"obs": None}, {"obs_flat": np.zeros((2, 10))}, {"obs": torch.zeros(0, 10)}])
+def test_observations_that_are_missing_or_no_tensor_are_refused(cls: type[BaseModel], batch: dict[str, Any]) -> None:
+    model = build(cls)
+    for call in (model, model.forward):
+        with pytest.raises(ConfigError, match=r"obs_flat: got .*, expected \[2 T, 10\]"):
+            call(batch, batched(model, 2), torch.tensor([1, 1]))
+
+
+@models
+@pytest.mark.parametrize("state", [None, [], [None]])
+def test_a_call_without_a_state_is_refused(cls: type[BaseModel], state: Any) -> None:
+    model = build(cls)
+    for call in (model, model.forward):
+        with pytest.raises(ModelError, match="state: got none, expected the tensors of get_initial_state"):
+            call({"obs": torch.zeros(2, 10)}, state, torch.tensor([1, 1]))
+
+
+@models
+@pytest.mark.parametrize("lengths", [[3, 4], [-1, 3], [3], [3, 3, 3], [[3], [3]], 3])
+def test_lengths_that_no_row_can_have_are_refused(cls: type[BaseModel], lengths: Any) -> None:
+    model = build(cls)
+    with pytest.raises(ModelError, match=r"seq_lens: got .*, expected 2 lengths from 0 to 3"):
+        run(model, observations(2, 3), batched(model, 2), lengths)
+
+
+@models
+def test_lengths_may_be_a_list_or_an_array(cls: type[BaseModel]) -> None:
+    model = build(cls)
+    obs, state = observations(2, 3), lively(model, 2)
+    expected, _ = run(model, obs, state, [3, 2])
+    for lengths in ([3, 2], np.array([3, 2], np.int32)):
+        with torch.no_grad():
+            logits, _ = model({"obs": obs.flatten(0, 1)}, state, lengths)
+        assert torch.equal(logits.view(2, 3, 4), expected)
+
+
+@models
+def test_a_model_that_was_used_can_be_copied(cls: type[BaseModel]) -> None:
+    """The copy has seen no batch; the model goes on with its own."""
+    model = build(cls)
+    logits, _ = model({"obs": observations(2, 3).flatten(0, 1)}, batched(model, 2), torch.tensor([3, 3]))
+    twin = copy.deepcopy(nn.ModuleList([model, model]))[1]
+    assert type(twin) is cls
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    with pytest.raises(ModelError, match="value_function: got no batch"):
+        twin.value_function()
+    (logits.sum() + model.value_function().sum()).backward()
+    again, _ = run(twin, observations(2, 3), batched(twin, 2), [3, 3])
+    assert torch.equal(again, logits.detach().view(2, 3, 4))
+    assert all(p.grad is None for p in twin.parameters())
 
 
 @models

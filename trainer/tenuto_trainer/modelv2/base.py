@@ -6,6 +6,7 @@ Legend: B rows, T time steps, O flattened observation, F features, D memory's ou
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import gymnasium
@@ -100,20 +101,23 @@ class BaseModel(TorchModelV2, nn.Module):
 
     def __call__(self, input_dict: Any, state: Any = None, seq_lens: Any = None) -> tuple[Tensor, States]:
         """Run RLlib's wrapper around :meth:`forward`, which also wants ``obs``."""
-        if "obs" not in input_dict and "obs_flat" in input_dict:
-            input_dict = {**input_dict, "obs": input_dict["obs_flat"]}
+        if "obs" not in input_dict:
+            input_dict = {**input_dict, "obs": input_dict.get("obs_flat")}
         return super().__call__(input_dict, state, seq_lens)
 
     def forward(self, input_dict: Any, state: Any, seq_lens: Any) -> tuple[Tensor, States]:
         """Run a padded batch: ``obs_flat`` or ``obs [B T, O]`` -> ``(logits [B T, K], state after seq_lens)``.
 
         Keeps the features for :meth:`value_function`, as RLlib wants it; nothing else of this call stays.
+        Raises ModelError for a state or lengths, ConfigError for observations, that do not fit.
         """
+        if not state or not all(isinstance(tensor, Tensor) for tensor in state):
+            raise ModelError("state: got none, expected the tensors of get_initial_state, each [B, ...]")
         *memory, t = state
         t_starts = t.reshape(-1).long()
         x = self._sequences(input_dict, len(t_starts))
         length = x.shape[1]
-        lengths = torch.full_like(t_starts, length) if seq_lens is None else seq_lens.long()
+        lengths = self._lengths(seq_lens, t_starts, length)
         # RLlib pads to max_seq_len, also where no row is that long.
         longest = int(lengths.max())
         z = self.pre(self._embedded(self.feature_map(x[:, :longest]), t_starts))
@@ -121,6 +125,14 @@ class BaseModel(TorchModelV2, nn.Module):
         self.features = F.pad(self.post(core), (0, 0, 0, length - longest))
         logits = self.actor(self.features)
         return logits.flatten(0, 1), [*memory, (t_starts + lengths).unsqueeze(1)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BaseModel:
+        """Copy the model, without the batch of its last forward: torch copies no tensor that has a graph."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            vars(made)[name] = None if name in ("features", "_last_output") else copy.deepcopy(value, memo)
+        return made
 
     def value_function(self) -> Tensor:
         """Return the critic's estimates ``[B T]`` for the batch of the last forward."""
@@ -130,10 +142,18 @@ class BaseModel(TorchModelV2, nn.Module):
 
     def _sequences(self, input_dict: Any, rows: int) -> Tensor:
         obs = input_dict["obs_flat"] if "obs_flat" in input_dict else input_dict.get("obs")
-        if not isinstance(obs, Tensor) or obs.numel() % (rows * self.obs_dim):
-            shape = list(obs.shape) if isinstance(obs, Tensor) else type(obs).__name__
+        if not isinstance(obs, Tensor) or not obs.numel() or not rows or obs.numel() % (rows * self.obs_dim):
+            shape = list(obs.shape) if isinstance(obs, Tensor) else "nothing" if obs is None else type(obs).__name__
             raise ConfigError(f"obs_flat: got {shape}, expected [{rows} T, {self.obs_dim}]")
         return obs.float().reshape(rows, -1, self.obs_dim)
+
+    def _lengths(self, seq_lens: Any, t_starts: Tensor, length: int) -> Tensor:
+        if seq_lens is None:
+            return torch.full_like(t_starts, length)
+        lengths = torch.as_tensor(seq_lens, device=t_starts.device).long()
+        if lengths.shape != t_starts.shape or not bool(((lengths >= 0) & (lengths <= length)).all()):
+            raise ModelError(f"seq_lens: got {lengths.tolist()}, expected {len(t_starts)} lengths from 0 to {length}")
+        return lengths
 
     def _embedded(self, x: Tensor, t_starts: Tensor) -> Tensor:
         """``(1-s) x + s E[t]`` on the first embedded features, or there ``s E[t]`` alone; all others ``(1-s) x``."""

@@ -51,10 +51,10 @@ def checked(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, 
         raise ConfigError(f"custom_model_config: got unknown keys {unknown}, expected some of {sorted(defaults)}")
     config = {**defaults, **given}
     for key in ("hidden_size", "preprocessor_input_size", "embedding_period"):
-        _require_size(key, config[key])
+        require_size(key, config[key])
     for key in ("preprocessor_output_size", "postprocessor_output_size", "embedding_size"):
         if config[key] is not None:
-            _require_size(key, config[key])
+            require_size(key, config[key])
     for key in _MODULES:
         if not isinstance(config[key], nn.Module | None):
             raise ConfigError(f"{key}: got {config[key]!r}, expected a torch.nn.Module or None")
@@ -86,6 +86,8 @@ def width_after(key: str, module: nn.Module, width: int, expected: tuple[str, in
     try:
         with torch.no_grad():
             after: Tensor = copy.deepcopy(module).eval()(torch.zeros(1, 1, width))
+        if not isinstance(after, Tensor):
+            raise TypeError(f"it makes a {type(after).__name__} of them")
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"{key}: got {module}, expected a module that takes {width} features ({error})") from error
     got, (size_key, size) = after.shape[-1], expected
@@ -94,9 +96,10 @@ def width_after(key: str, module: nn.Module, width: int, expected: tuple[str, in
     return got
 
 
-def _require_size(key: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}: got {value!r}, expected an integer >= 1")
+def require_size(key: str, value: object, least: int = 1) -> None:
+    """Raise ConfigError unless the value is a size of at least that much."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{key}: got {value!r}, expected an integer >= {least}")
 
 
 def _require_one_of(key: str, value: object, expected: list[Any]) -> None:

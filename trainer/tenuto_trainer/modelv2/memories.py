@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tenuto_models import ConfigError, DNCConfig, FrameconvConfig, MemoryCore, ModelError
 from tenuto_models.memory import initial_state
+from tenuto_trainer.modelv2 import config as model_configs
 from tenuto_trainer.modelv2.base import BaseModel, States
 
 
@@ -68,11 +69,12 @@ class DiffNC(_CoreModel):
     ) -> None:
         super().__init__(obs_space, action_space, num_outputs, model_config, name, **custom_model_kwargs)
         cfg = self.cfg
+        model_configs.require_size("read_heads", cfg["read_heads"])
         for key in ("num_hidden_layers", "num_layers", "nonlinearity"):
             if cfg[key] != (only := self.MODEL_CONFIG[key]):
                 raise ConfigError(f"{key}: got {cfg[key]!r}, expected {only!r}, the only one there is")
         hidden, cell = cfg["hidden_size"], cfg["cell_size"]
-        if not isinstance(cell, int) or not 1 <= cell <= hidden:
+        if not isinstance(cell, int) or isinstance(cell, bool) or not 1 <= cell <= hidden:
             raise ConfigError(f"cell_size: got {cell!r}, expected an integer from 1 to hidden_size, which is {hidden}")
         cfg["nr_cells"] = hidden // cell
         memory = DNCConfig(hidden, cfg["nr_cells"], cell, cfg["read_heads"])
@@ -119,5 +121,6 @@ class Frameconv(_CoreModel):
         **custom_model_kwargs: Any,
     ) -> None:
         super().__init__(obs_space, action_space, num_outputs, model_config, name, **custom_model_kwargs)
+        model_configs.require_size("stack_size", self.cfg["stack_size"], least=2)
         memory = FrameconvConfig(self.cfg["hidden_size"], self.cfg["stack_size"])
         self.core = memory.build(self.cfg["preprocessor_output_size"])
