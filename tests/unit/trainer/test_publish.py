@@ -1,3 +1,4 @@
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import tiny_training
 from tenuto_models import CheckpointError, PolicyConfig, TrainingProgress, checkpoint
 from tenuto_trainer import DivergedError, TrainConfig, TrainConfigError
 from tenuto_trainer.evaluation import evaluate
+from tenuto_trainer.loop import StopSignal, _reason_to_stop
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config
 from tenuto_trainer.publish import CheckpointPublisher
 from tenuto_trainer.resume import find_start
@@ -135,6 +137,27 @@ def test_publications_are_due_by_the_iterations_of_all_runs(tmp_path: Path):
         assert publisher.version == 2
 
 
+def test_seconds_add_up_over_iterations_and_runs_until_they_end_the_training(tmp_path: Path):
+    settings = _config(tmp_path, publish_every=1000)
+    before = 0.0
+    for _ in range(2):
+        building_s = time.monotonic()
+        with _algorithm(settings) as (algorithm, publisher):
+            built_s = time.monotonic()
+            assert publisher.progress.seconds == before
+            for iteration in (1, 2, 3):
+                algorithm.train() if iteration == 2 else _report(publisher, algorithm, iteration, 0.0)
+            last_s = time.monotonic()
+            _report(publisher, algorithm, 4, 0.0)
+            seconds = publisher.progress.seconds
+        assert before + last_s - built_s <= seconds <= before + time.monotonic() - building_s
+        before = seconds
+    with _algorithm(settings) as (_, publisher):
+        for limit, stops in [(before, True), (before + 1, False)]:
+            reason = _reason_to_stop(replace(settings, stop_seconds=limit), StopSignal(), publisher.progress)
+            assert reason == (f"trained for {before:.0f} s" if stops else None)
+
+
 def test_every_version_is_evaluated_with_the_very_policy_that_is_written(tmp_path: Path):
     settings = _config(tmp_path, publish_every=3, evaluation_episodes=3, lr=0.1)
     with _algorithm(settings) as (algorithm, publisher):
@@ -153,8 +176,9 @@ def test_every_version_is_evaluated_with_the_very_policy_that_is_written(tmp_pat
         assert publisher.evaluation == last
 
 
-def test_restored_weights_reach_the_processes_that_step_environments(tmp_path: Path):
-    settings = _config(tmp_path, publish_every=1000, num_env_runners=1)
+@pytest.mark.parametrize("num_env_runners", [0, 1])
+def test_restored_weights_reach_the_processes_that_step_environments(num_env_runners: int, tmp_path: Path):
+    settings = _config(tmp_path, publish_every=1000, num_env_runners=num_env_runners)
     with _algorithm(settings) as (algorithm, _):
         algorithm.train()
         trained = _weights(algorithm)
@@ -162,7 +186,9 @@ def test_restored_weights_reach_the_processes_that_step_environments(tmp_path: P
     with _algorithm(replace(settings, seed=1)) as (algorithm, publisher):
         assert _same(_weights(algorithm), trained)
         assert algorithm.env_runner_group is not None
-        (runner,) = algorithm.env_runner_group.foreach_env_runner("get_state", local_env_runner=False)
+        (runner,) = algorithm.env_runner_group.foreach_env_runner(
+            lambda runner: runner.get_state(), local_env_runner=num_env_runners == 0
+        )
         sampling = runner[COMPONENT_RL_MODULE]
         assert all(np.array_equal(sampling[f"policy.{name}"], tensor.numpy()) for name, tensor in trained.items())
         algorithm.train()
