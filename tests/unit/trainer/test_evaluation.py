@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 import tenuto_envs
 import tiny_training
+from tenuto_envs import EnvError
 from tenuto_models import Policy, PolicyConfig
 from tenuto_trainer.config import MAX_SEED
 from tenuto_trainer.evaluation import FIRST_SEED, evaluate
@@ -117,6 +118,72 @@ def test_episode_that_does_not_end_is_cut_and_counted(monkeypatch: pytest.Monkey
     assert (
         FIRST_SEED > MAX_SEED + 100_000_000
     )  # RLlib counts up from the seed of training, by workers and environments.
+
+
+class Limited(Endless):
+    """As Endless, but every odd episode is truncated after 3 steps, by a limit of the environment's own."""
+
+    closed: list[int] = []  # noqa: RUF012  # How often each environment of a test was closed.
+
+    def __init__(self, fails: bool = False) -> None:
+        self._number = len(self.closed)
+        self.closed.append(0)
+        self._fails = fails
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self._until_cut = 3 if seed is not None and seed % 2 else 10**9
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self._fails:
+            raise EnvError("step: fails")
+        observation, reward, terminated, _, info = super().step(action)
+        assert self._until_cut > 0
+        self._until_cut -= 1
+        return observation, reward, terminated, self._until_cut == 0, info
+
+    def close(self) -> None:
+        self.closed[self._number] += 1
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> Policy:
+    monkeypatch.setattr(Endless, "seeds", [])
+    monkeypatch.setattr(Limited, "closed", [])
+    monkeypatch.setattr("tenuto_trainer.evaluation.make", lambda _: Limited())
+    config = PolicyConfig.for_memory("dnc", feature_size=4)
+    return Policy(Limited.observation_space, Limited.action_space, config)
+
+
+def test_episode_that_its_environment_truncates_is_over_and_was_not_cut(limited: Policy):
+    """Of seeds 0 to 3 modulo 4: 2 steps and terminated, truncated after 3, cut after 5, truncated after 3."""
+    found = evaluate(limited, "limited", 8, 5)
+    assert found.episodes_cut == 2
+    assert (found.return_min, found.return_max, found.return_mean) == (2, 5, (2 + 3 + 5 + 3) / 4)
+
+
+def test_every_environment_is_closed_once(limited: Policy):
+    evaluate(limited, "limited", 40, 5)
+    assert Limited.closed == [1] * 32
+
+
+def test_environments_are_closed_when_one_of_them_fails(limited: Policy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tenuto_trainer.evaluation.make", lambda _: Limited(fails=len(Limited.closed) == 2))
+    with pytest.raises(EnvError, match="step: fails"):
+        evaluate(limited, "limited", 4, 5)
+    assert Limited.closed == [1] * 4
+
+
+def test_environments_are_closed_when_another_cannot_be_built(limited: Policy, monkeypatch: pytest.MonkeyPatch):
+    def make(env_id: str) -> Limited:
+        if len(Limited.closed) == 2:
+            raise EnvError(f"{env_id}: cannot be built")
+        return Limited()
+
+    monkeypatch.setattr("tenuto_trainer.evaluation.make", make)
+    with pytest.raises(EnvError, match="cannot be built"):
+        evaluate(limited, "limited", 4, 5)
+    assert Limited.closed == [1] * 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:popgym.core.maze")
