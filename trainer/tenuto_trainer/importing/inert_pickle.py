@@ -175,8 +175,8 @@ class _Machine:
         self._classes: dict[tuple[str, str], type] = {}
         self._nested: dict[int, tuple[Any, int, int]] = {}
         """id -> the tuple or frozen set itself, which keeps the id its own, and what :meth:`_measure` says of it."""
-        # An honest pickle copies nothing twice.
-        self._may_copy = len(payload)
+        # An honest pickle copies nothing twice, but for short names such as "latin1".
+        self._may_copy = 1000 + 2 * len(payload)
 
     def run(self) -> Any:
         """Return what the pickle describes. Raises ImportedError or one of _BROKEN."""
@@ -198,7 +198,7 @@ class _Machine:
                 self._stack.append(self._hashable(tuple(self._pop(_TUPLES[name]))))
             else:
                 self._do(name, argument)
-        raise EOFError  # pickletools itself says so before.
+        raise ValueError("no STOP")  # pickletools itself says so before.
 
     def _do(self, name: str, argument: Any) -> None:
         stack = self._stack
