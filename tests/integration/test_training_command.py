@@ -56,8 +56,9 @@ def test_two_iterations_publish_loadable_versions_and_leave_nothing_else(tmp_pat
     assert [c.training.evaluation.episodes for c in found if c.training.evaluation] == [32] * len(versions)
     assert (found[-1].training.iteration, found[-1].training.env_steps) == (2, 1024)
     lines = done.stdout.splitlines()
-    assert lines[0] == "p starts from scratch; newest version is 1"
-    assert "  512 steps  " in lines[1]
+    assert lines[0] == "starting Ray, which takes some seconds"
+    assert lines[1] == "p starts from scratch; newest version is 1"
+    assert "  512 steps  " in lines[2]
     assert lines[-3].startswith(f"iteration    2  v{versions[-1]}  ")
     assert lines[-2] == f"stopped: 2 iterations done; newest version is {versions[-1]}"
     assert lines[-1] == f"serve it: tenuto-serve --repository {tmp_path / 'r'}"

@@ -91,9 +91,10 @@ def test_killed_training_goes_on_with_its_curve_its_best_return_and_its_optimize
         assert _steps_of_adam(state) == iteration * steps_per_iteration
     last = _start(tmp_path)
     assert last.stdout is not None
-    lines = [last.stdout.readline() for _ in range(2)]
-    assert lines[0].startswith(f"p goes on after iteration {iteration}; newest version is ")
-    assert lines[1].startswith(f"iteration {iteration + 1:4d}  ")
+    lines = [last.stdout.readline() for _ in range(3)]
+    assert lines[0] == "starting Ray, which takes some seconds\n"
+    assert lines[1].startswith(f"p goes on after iteration {iteration}; newest version is ")
+    assert lines[2].startswith(f"iteration {iteration + 1:4d}  ")
     output, errors = last.communicate(timeout=120)
     assert (last.returncode, errors) == (0, "")
     assert f"stopped: {ITERATIONS} iterations done" in output

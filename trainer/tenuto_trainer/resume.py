@@ -54,6 +54,7 @@ def find_start(
     config: PolicyConfig,
 ) -> Start:
     """Return what is newest and can be used. Raises TrainConfigError if the version is another kind of policy."""
+    training_state.require_replaceable(repository / policy_name)
     found = require_same_policy(repository / policy_name, observation_space, action_space, config)
     if found is None:
         alone = (repository / policy_name / training_state.FILE).exists()

@@ -96,10 +96,9 @@ def require_replaceable(folder: Path) -> None:
 def read(folder: Path) -> TrainingState | None:
     """Read the state in a policy's folder; None where there is none.
 
-    Raises StateError for anything but a whole one, TrainConfigError for what :func:`write` could not replace.
+    Raises StateError for anything but a whole one.
     """
     path = folder / FILE
-    require_replaceable(folder)
     if not os.path.lexists(path):
         return None
     if not path.is_file():
