@@ -58,7 +58,7 @@ def steps_until(curve: Curve, share: float) -> int | None:
 
 def draw(env_id: str) -> Path:
     """Draw return over steps: a line for the mean of the seeds, a band from the lowest to the highest."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 4.0), layout="constrained")
     for algorithm, (name, colour, line) in LOOKS.items():
         curves = curves_of(env_id, algorithm)
         if not curves:
@@ -72,7 +72,7 @@ def draw(env_id: str) -> Path:
     axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes", title=env_id, xlim=(0, STEPS))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f} k")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="best")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     PICTURES.mkdir(exist_ok=True)
     path = PICTURES / f"{env_id}.svg"
     # Without dates and random ids the same results give the same file.

@@ -25,7 +25,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 STEPS = 300_000
 ENVIRONMENTS = tuple(
-    f"popgym-{name}Easy-v0" for name in ("RepeatPrevious", "RepeatFirst", "PositionOnlyCartPole", "Autoencode")
+    f"popgym-{name}Easy-v0"
+    for name in ("RepeatPrevious", "RepeatFirst", "CountRecall", "PositionOnlyCartPole", "Autoencode")
 )
 SEEDS = {"dnc": 3, "frameconv": 3, "lstm": 1, "mlp": 1, "seed-dnc": 1, "seed-frameconv": 1}
 """Algorithm -> number of runs, with seeds from 0."""
