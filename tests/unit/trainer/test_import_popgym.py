@@ -279,6 +279,10 @@ def test_tensors_that_do_not_fit_are_named(
     assert_refused(message, tmp_path, capfd)
 
 
+def nested(depth: int) -> nn.Module:
+    return nn.Sequential(nested(depth - 1)) if depth else nn.Identity()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -288,6 +292,7 @@ def test_tensors_that_do_not_fit_are_named(
         ({"model": {"custom_model_config": {"critic": nn.Sequential(nn.Linear(16, 16), nn.LeakyReLU(0.2))}}},
          r"critic: got layers \['Linear', 'LeakyReLU\(0.2\)'\]"),
         ({"model": {"custom_model_config": {"preprocessor": torch.tanh}}}, "preprocessor: got layers .*getattr"),
+        ({"model": {"custom_model_config": {"actor": nested(12)}}}, "Sequentials nested more than 10 deep"),
     ],
 )  # fmt: skip
 def test_settings_that_a_server_does_not_have_are_refused(

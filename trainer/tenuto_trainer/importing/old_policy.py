@@ -25,6 +25,8 @@ from tenuto_trainer.importing.rllib_checkpoint import as_mapping, read
 from tenuto_trainer.importing.tensors import INTERFACE, Tensors, require_finite, tensors_of
 from tenuto_trainer.resume import require_same_policy
 
+_MAX_DEPTH = 10
+
 
 def published(
     path: Path, env_id: str, repository: Path, policy_name: str, given: Mapping[str, int | None]
@@ -80,8 +82,10 @@ def _require_as_served(
     return []
 
 
-def _layers(module: object) -> list[str]:
+def _layers(module: object, depth: int = 0) -> list[str]:
     """The layers of a torch module as a checkpoint holds one, containers dissolved; an identity is none."""
+    if depth > _MAX_DEPTH:  # Or one that holds itself, which no real module does.
+        raise ImportedError(f"modules: got Sequentials nested more than {_MAX_DEPTH} deep")
     if module is None:
         return []
     if not isinstance(module, Placeholder):
@@ -89,7 +93,7 @@ def _layers(module: object) -> list[str]:
     kind, attributes = type(module), as_mapping(module)
     name = kind.__name__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__name__}"
     if name == "Sequential":
-        return [layer for part in as_mapping(attributes.get("_modules")).values() for layer in _layers(part)]
+        return [layer for part in as_mapping(attributes.get("_modules")).values() for layer in _layers(part, depth + 1)]
     if name == "LeakyReLU" and (slope := attributes.get("negative_slope")) != 0.01:
         return [f"LeakyReLU({slope})"]
     return [] if name == "Identity" else [name]
