@@ -65,7 +65,7 @@ $(VENV)/study: install
 bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.
 	$(BIN)/python -W ignore bench/training.py
 
-study: $(VENV)/study  ## Train all algorithms on four environments, hours; goes on where it was stopped.
+study: $(VENV)/study  ## Train all algorithms on five environments, hours; goes on where it was stopped.
 	$(BIN)/python bench/learning/study.py
 
 clean:  ## Remove what make made.

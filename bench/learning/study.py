@@ -1,6 +1,6 @@
 """The learning study: trains every algorithm on every environment, as many runs at once as there are cores.
 
-    python bench/learning/study.py          go on with what is missing, about three hours on 2 cores
+    python bench/learning/study.py          go on with what is missing, one to two hours on 2 cores
     python bench/learning/study.py --only popgym-RepeatPreviousEasy-v0
 
 Each run leaves one file in bench/learning/results; a run whose file is there is not repeated, so the study can be
