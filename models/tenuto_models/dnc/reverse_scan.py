@@ -25,13 +25,25 @@ def _unit(x: Tensor, norms: Tensor) -> Tensor:
     return x / torch.where(norms > 0, norms, torch.inf).unsqueeze(-1)
 
 
+def _through_content(
+    d_content: Tensor, content: Tensor, cosine: Tensor, factor: Tensor, d_strength: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Back through ``softmax(β cos)``, ``cos = dot / denominator``: fill ``d_strength``, that of β, and return the
+    gradients of the dot product and, with the sign turned, of the denominator. ``factor`` is ``β / denominator``.
+    """
+    d_score = _softmax_backward(d_content, content, 2, d_content.dtype)
+    weighted = d_score * cosine
+    torch.sum(weighted, dim=2, out=d_strength)
+    return d_score.mul_(factor), weighted.mul_(factor)
+
+
 def reverse_scan(
     tape: Tape, d_features: Tensor, recurrent: Tensor, interface: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Solve the adjoint equations from the last step to the first. Does not modify the tape.
 
     d_features ``[T, B, R W + H]`` -> gradients of the gates ``[T, B, 4 H]`` and of the interface ``[T, B, I]`` before
-    their activations, and of the nine states at index 0.
+    their activations, and of the eight states at index 0.
     """
     steps, rows, hidden, cells, width, heads = tape.sizes
     read = heads * width
@@ -119,10 +131,9 @@ def reverse_scan(
         d_mode_weights = torch.sum(directions[t] * d_reads, dim=3)
         d_modes[t].copy_(_softmax_backward(d_mode_weights, modes[t], 0, d_reads.dtype))
         d_backward, d_forward, d_content = (mode_weights[t] * d_reads).unbind(0)
-        d_score = _softmax_backward(d_content, read_content[t], 2, d_content.dtype)
-        weighted = d_score * read_cosine[t]
-        torch.sum(weighted, dim=2, out=d_read_strength[t])
-        d_dot, d_denominator = d_score.mul_(read_factor[t]), weighted.mul_(read_factor[t])
+        d_dot, d_denominator = _through_content(
+            d_content, read_content[t], read_cosine[t], read_factor[t], d_read_strength[t]
+        )
         d_key_norm = torch.bmm(d_denominator, cell_norms[n])
         torch.addcmul(torch.bmm(d_dot, memory[n]), d_key_norm, read_directions[t], value=-1, out=d_read_keys[t])
         d_memory.baddbmm_(d_dot.mT, read_keys[t])
@@ -150,10 +161,9 @@ def reverse_scan(
         # Write weights: two gates, content, allocation.
         torch.bmm(gates_by_write[t], d_write.unsqueeze(2), out=d_two_gates[t])
         d_content = d_write.unsqueeze(1) * content_by_write[t]
-        d_score = _softmax_backward(d_content, write_content[t], 2, d_content.dtype)
-        weighted = d_score * write_cosine[t]
-        torch.sum(weighted, dim=2, out=d_write_strength[t])
-        d_dot, d_denominator = d_score.mul_(write_factor[t]), weighted.mul_(write_factor[t])
+        d_dot, d_denominator = _through_content(
+            d_content, write_content[t], write_cosine[t], write_factor[t], d_write_strength[t]
+        )
         d_key_norm = torch.bmm(d_denominator, cell_norms[t])
         torch.addcmul(torch.bmm(d_dot, memory[t]), d_key_norm, write_direction[t], value=-1, out=d_write_key[t])
         d_memory.addcmul_(d_dot.mT, write_key[t])
