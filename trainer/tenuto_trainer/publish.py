@@ -48,10 +48,12 @@ class CheckpointPublisher(RLlibCallback):
         """Iteration that this version is of."""
         self._best_published = -math.inf
         self._clock_s = 0.0
+        self._description: dict[str, Any] = {}
 
     def on_algorithm_init(self, *, algorithm: Algorithm, **kwargs: Any) -> None:
         """Publish the untrained policy, so that a server can start; not where the run goes on from a version."""
         self._clock_s = time.monotonic()
+        self._description = training_state.describe(self._policy(algorithm))
         published, state = self._start.published, self._start.state
         if published is None:
             self.publish(algorithm)
@@ -109,7 +111,7 @@ class CheckpointPublisher(RLlibCallback):
     def _keep_state(self, algorithm: Algorithm) -> None:
         state = TrainingState(
             tensors=learner_tensors(algorithm),
-            policy=training_state.describe(self._policy(algorithm)),
+            policy=self._description,
             progress=self.progress,
             version=self.version or 0,
             best_published=None if self._best_published == -math.inf else self._best_published,
