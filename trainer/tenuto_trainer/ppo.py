@@ -26,10 +26,12 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 from tenuto_envs import make
+from tenuto_trainer.allocator import keep_freed_memory
 from tenuto_trainer.config import MAX_SEED, TrainConfig
 from tenuto_trainer.envs import for_rllib
 from tenuto_trainer.errors import TrainConfigError
 from tenuto_trainer.learner import restore_learner
+from tenuto_trainer.ppo_learner import PPOLearner
 from tenuto_trainer.publish import CheckpointPublisher
 from tenuto_trainer.resume import Start
 from tenuto_trainer.rl_module import PolicyModule, model_config_for
@@ -108,6 +110,7 @@ def ppo_config(
             train_batch_size_per_learner=config.batch_size,
             minibatch_size=config.minibatch_size,
             num_epochs=config.num_epochs,
+            learner_class=PPOLearner,
         )
         .rl_module(rl_module_spec=RLModuleSpec(PolicyModule, model_config=model_config))
         .learners(num_learners=0, num_gpus_per_learner=int(uses_gpu(config)))
@@ -118,7 +121,14 @@ def ppo_config(
 
 
 class _PPO(PPO):
-    """PPO without the folder in ~/ray_results that every algorithm makes for itself; nothing is ever written to it."""
+    """PPO without the folder in ~/ray_results that every algorithm makes for itself; nothing is ever written to it.
+
+    The learner lives in its process, so it keeps freed memory.
+    """
+
+    def setup(self, config: Any) -> None:
+        keep_freed_memory()
+        super().setup(config)
 
     def _setup_logdir(self) -> None:
         self._logdir = tempfile.gettempdir()

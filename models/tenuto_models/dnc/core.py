@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tenuto_models.dnc.access import MemoryAccess
-from tenuto_models.dnc.scan import Scan
+from tenuto_models.dnc.kernels import Sizes
+from tenuto_models.dnc.scan import Scan, advance, compiled
 from tenuto_models.errors import ConfigError
-from tenuto_models.linear import linear
+from tenuto_models.linear import Linear
 from tenuto_models.memory import State, StateSpec, TensorSpec
 
 
@@ -41,13 +42,6 @@ class DNCConfig:
         return DNCCore(input_size, self)
 
 
-_SCANNED = (
-    ("c", True), ("memory", False), ("link_matrix", True), ("precedence", True), ("read_weights", False),
-    ("write_weights", True), ("usage_vector", False),
-)  # fmt: skip
-"""State tensors as :class:`Scan` takes them, and whether their spec has a leading 1 that it does without."""
-
-
 class DNCCore(nn.Module):
     """LSTM + external memory, every parameter built here. The reads of step t-1 reach the controller at step t,
     in a single step and in a sequence alike.
@@ -62,13 +56,14 @@ class DNCCore(nn.Module):
         # One matrix for [z, read_vectors, h]; gate order i, f, g, o.
         self.gates = nn.Linear(input_size + read + hidden, 4 * hidden)
         self.access = MemoryAccess(hidden, config.num_cells, config.cell_size, config.num_read_heads)
-        self.output = nn.Linear(hidden + read, hidden)
+        self.output = Linear(hidden + read, hidden)
         self.state_spec: StateSpec = (
             TensorSpec("h", (1, hidden)),
             TensorSpec("c", (1, hidden)),
             TensorSpec("read_vectors", (read,)),
             *self.access.state_spec,
         )
+        self._sizes = Sizes(hidden, config.num_cells, config.cell_size, config.num_read_heads)
         self._reset_gates(hidden)
 
     def _reset_gates(self, hidden: int) -> None:
@@ -79,49 +74,46 @@ class DNCCore(nn.Module):
             self.gates.bias.uniform_(-bound, bound).add_(torch.empty_like(self.gates.bias).uniform_(-bound, bound))
 
     def step(self, z: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
-        """Advance one step: ``z [B, F]`` -> ``(y [B, H], state)``."""
+        """Advance one step: ``z [B, F]`` -> ``(y [B, H], state)``. On a CPU without gradients by compiled code."""
         gates = self.gates(torch.cat([z, state["read_vectors"], state["h"].squeeze(1)], dim=1))
-        controller, state = self._advance(gates, state)
-        return self.output(torch.cat([controller, state["read_vectors"]], dim=1)), state
-
-    def unroll(self, z: Tensor, state: State, seq_lens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Advance a padded sequence: ``z [B, T, F]`` -> ``(y [B, T, H], state after seq_lens)``.
-
-        The same function as :meth:`step` in a loop, up to rounding, computed by :class:`Scan`. No gradient flows
-        through the returned state.
-        """
-        read = self.output.in_features - self.output_size
-        interface, order = self.access.interface, self.access.order_by_activation
-        carried = torch.cat([state["read_vectors"], state["h"].squeeze(1)], dim=1)
-        features, carried, *scanned = Scan.apply(
-            torch.is_grad_enabled(),
-            linear(z.transpose(0, 1), self.gates.weight[:, : self.input_size], self.gates.bias),
-            self.gates.weight[:, self.input_size :],
-            interface.weight[order],
-            interface.bias[order],
-            carried,
-            *(state[name].squeeze(1) if leading else state[name] for name, leading in _SCANNED),
-        )
-        # The features are [read_vectors, h], the columns of the output layer [h, read_vectors].
-        y = linear(features, self.output.weight.roll(read, dims=1), self.output.bias).transpose(0, 1)
-        if seq_lens is None:
-            # Copies, so that the state does not keep all states before it alive.
-            carried, *scanned = (states[-1].clone() for states in (carried, *scanned))
-        else:
-            last, rows = seq_lens.long(), torch.arange(len(seq_lens), device=seq_lens.device)
-            carried, *scanned = (states[last, rows] for states in (carried, *scanned))
-        after = {name: s.unsqueeze(1) if leading else s for (name, leading), s in zip(_SCANNED, scanned, strict=True)}
-        return y, {"h": carried[:, read:].unsqueeze(1), "read_vectors": carried[:, :read], **after}
-
-    def _advance(self, gates: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
-        """LSTM pointwise part, then one memory access: gates ``[B, 4 H]`` -> ``(controller output [B, H], state)``."""
+        if compiled(z) and not torch.is_grad_enabled():
+            interface = self.access.interface
+            features, after = advance(self._sizes, gates, interface.weight, interface.bias, self._pack(state))
+            return self.output(features), self._unpack(after)
         i, f, g, o = gates.chunk(4, dim=1)
         c = torch.sigmoid(f) * state["c"].squeeze(1) + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         read_vectors, memory_state = self.access(h, state)
-        return h, {
-            "h": h.unsqueeze(1),
-            "c": c.unsqueeze(1),
-            "read_vectors": read_vectors,
-            **memory_state,
-        }
+        y = self.output(torch.cat([h, read_vectors], dim=1))
+        return y, {"h": h.unsqueeze(1), "c": c.unsqueeze(1), "read_vectors": read_vectors, **memory_state}
+
+    def unroll(self, z: Tensor, state: State, seq_lens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Advance a padded sequence: ``z [B, T, F]`` -> ``(y [B, T, H], state after seq_lens)``.
+
+        The same function as :meth:`step` in a loop, up to rounding; on a CPU computed by :class:`Scan`. No gradient
+        flows through the returned state.
+        """
+        steps = z.shape[1]
+        last = z.new_full((len(z),), steps, dtype=torch.int64) if seq_lens is None else seq_lens.long()
+        if not compiled(z):
+            outputs, after = list[Tensor](), self._pack(state)
+            for t in range(steps):
+                y, state = self.step(z[:, t], state)
+                outputs.append(y)
+                after = torch.where((last > t).unsqueeze(1), self._pack(state), after)
+            return torch.stack(outputs, dim=1), self._unpack(after.detach())
+        features, states = Scan.apply(
+            self._sizes, torch.is_grad_enabled(), z.transpose(0, 1), self.gates.weight, self.gates.bias,
+            self.access.interface.weight, self.access.interface.bias, self._pack(state),
+        )  # fmt: skip
+        after = states[last, torch.arange(len(z))]
+        return self.output(features).transpose(0, 1), self._unpack(after)
+
+    def _pack(self, state: State) -> Tensor:
+        """``[B, S]``: every tensor of the state side by side, in the order of the spec."""
+        return torch.cat([state[spec.name].flatten(1) for spec in self.state_spec], dim=1)
+
+    def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """Name the tensors of a packed state, as views."""
+        tensors = packed.split([spec.num_elements for spec in self.state_spec], dim=1)
+        return {s.name: tensor.unflatten(1, s.shape) for s, tensor in zip(self.state_spec, tensors, strict=True)}
