@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import tree
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core.columns import Columns
-from ray.rllib.utils.typing import EpisodeType
 from torch import Tensor
 
 
@@ -38,4 +37,9 @@ def _without_bootstrap_steps(columns: dict[str, Any]) -> dict[str, Any]:
     played: Tensor = columns[Columns.LOSS_MASK].sum(dim=1)
     columns[Columns.SEQ_LENS] = played.to(columns[Columns.SEQ_LENS].dtype)
     # Of an episode as long as a row, the step was a row of its own.
-    return tree.map_structure(lambda column: column[played > 0], columns)
+    left = played > 0
+
+    def keep(column: Tensor) -> Tensor:
+        return column[left]
+
+    return cast(Any, tree.map_structure(keep, columns))

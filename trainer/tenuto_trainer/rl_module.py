@@ -94,9 +94,12 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         longest row are padding of all rows: they are not computed and come out as zeros. RLlib masks what padding is
         left in the loss, and the state after a row is not asked for.
         """
-        observations, state = batch[Columns.OBS], self.unpack_state(batch[Columns.STATE_IN])
-        padding = observations.shape[1] - int(batch[Columns.SEQ_LENS].max())
-        output, _ = self.policy.unroll(observations[:, : observations.shape[1] - padding], state)
+        observations, seq_lens = batch[Columns.OBS], batch[Columns.SEQ_LENS]
+        longest = int(seq_lens.max())
+        padding = observations.shape[1] - longest
+        output, _ = self.policy.unroll(
+            observations[:, :longest], self.unpack_state(batch[Columns.STATE_IN]), seq_lens
+        )  # fmt: skip
         return {
             Columns.ACTION_DIST_INPUTS: F.pad(output.logits, (0, 0, 0, padding)),
             Columns.EMBEDDINGS: F.pad(output.value, (0, padding)),

@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenuto_models.dnc import addressing
-from tenuto_models.dnc.tape import interface_order
 from tenuto_models.memory import State, StateSpec, TensorSpec
 
 
 class MemoryAccess(nn.Module):
     """Owns the interface layer. Stateless: the memory travels in and out of :meth:`forward`."""
-
-    order_by_activation: Tensor
-    """Rows of the interface layer as :class:`tenuto_models.dnc.scan.Scan` takes them."""
 
     def __init__(self, hidden_size: int, num_cells: int, cell_size: int, num_read_heads: int) -> None:
         super().__init__()
@@ -28,7 +24,6 @@ class MemoryAccess(nn.Module):
         # erase, write vector, free gates, allocation gate, write gate, read modes (backward, forward, content).
         self._cut = [r * w, r, w, 1, w, w, r, 1, 1, 3 * r]
         self.interface = nn.Linear(hidden_size, sum(self._cut))
-        self.register_buffer("order_by_activation", interface_order(r, w), persistent=False)
         self.state_spec: StateSpec = (
             TensorSpec("memory", (n, w)),
             TensorSpec("link_matrix", (1, n, n)),

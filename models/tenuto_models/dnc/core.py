@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tenuto_models.dnc import kernels
 from tenuto_models.dnc.access import MemoryAccess
 from tenuto_models.dnc.kernels import Sizes
-from tenuto_models.dnc.scan import Scan, advance, compiled
+from tenuto_models.dnc.scan import Scan, compiled
 from tenuto_models.errors import ConfigError
 from tenuto_models.linear import Linear
 from tenuto_models.memory import State, StateSpec, TensorSpec
@@ -77,9 +78,7 @@ class DNCCore(nn.Module):
         """Advance one step: ``z [B, F]`` -> ``(y [B, H], state)``. On a CPU without gradients by compiled code."""
         gates = self.gates(torch.cat([z, state["read_vectors"], state["h"].squeeze(1)], dim=1))
         if compiled(z) and not torch.is_grad_enabled():
-            interface = self.access.interface
-            features, after = advance(self._sizes, gates, interface.weight, interface.bias, self._pack(state))
-            return self.output(features), self._unpack(after)
+            return self._step_compiled(gates, self._pack(state))
         i, f, g, o = gates.chunk(4, dim=1)
         c = torch.sigmoid(f) * state["c"].squeeze(1) + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
@@ -87,27 +86,43 @@ class DNCCore(nn.Module):
         y = self.output(torch.cat([h, read_vectors], dim=1))
         return y, {"h": h.unsqueeze(1), "c": c.unsqueeze(1), "read_vectors": read_vectors, **memory_state}
 
+    def _step_compiled(self, gates: Tensor, before: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`step` from gates ``[B, 4 H]``, which it overwrites, and the packed state."""
+        sizes, after = self._sizes, torch.empty_like(before)
+        features = gates.new_empty((len(gates), sizes.features))
+        states = before.numpy(), after.numpy(), features.numpy()
+        kernels.lstm(gates.numpy(), *states, sizes)
+        interface = self.access.interface(features[:, : sizes.hidden].contiguous())
+        kernels.access(interface.numpy(), *states, interface.new_empty((len(gates), sizes.trace)).numpy(), sizes)
+        return self.output(features), self._unpack(after)
+
     def unroll(self, z: Tensor, state: State, seq_lens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Advance a padded sequence: ``z [B, T, F]`` -> ``(y [B, T, H], state after seq_lens)``.
 
         The same function as :meth:`step` in a loop, up to rounding; on a CPU computed by :class:`Scan`. No gradient
         flows through the returned state.
         """
-        steps = z.shape[1]
-        last = z.new_full((len(z),), steps, dtype=torch.int64) if seq_lens is None else seq_lens.long()
+        rows, steps, _ = z.shape
+        lengths = torch.full((rows,), steps, device=z.device) if seq_lens is None else seq_lens.long()
         if not compiled(z):
-            outputs, after = list[Tensor](), self._pack(state)
-            for t in range(steps):
-                y, state = self.step(z[:, t], state)
-                outputs.append(y)
-                after = torch.where((last > t).unsqueeze(1), self._pack(state), after)
-            return torch.stack(outputs, dim=1), self._unpack(after.detach())
+            return self._unroll_by_steps(z, state, lengths)
+        # The longest row first: what is advanced at a step then stands side by side.
+        by_length = torch.argsort(lengths, descending=True, stable=True)
+        active = (lengths > torch.arange(steps).unsqueeze(1)).sum(dim=1).tolist()
         features, states = Scan.apply(
-            self._sizes, torch.is_grad_enabled(), z.transpose(0, 1), self.gates.weight, self.gates.bias,
-            self.access.interface.weight, self.access.interface.bias, self._pack(state),
+            self._sizes, torch.is_grad_enabled(), active, z.transpose(0, 1)[:, by_length], self.gates.weight,
+            self.gates.bias, self.access.interface.weight, self.access.interface.bias, self._pack(state)[by_length],
         )  # fmt: skip
-        after = states[last, torch.arange(len(z))]
-        return self.output(features).transpose(0, 1), self._unpack(after)
+        as_given = torch.argsort(by_length)
+        return self.output(features[:, as_given]).transpose(0, 1), self._unpack(states[lengths, as_given])
+
+    def _unroll_by_steps(self, z: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs, after = list[Tensor](), self._pack(state)
+        for t in range(z.shape[1]):
+            y, state = self.step(z[:, t], state)
+            outputs.append(y)
+            after = torch.where((lengths > t).unsqueeze(1), self._pack(state), after)
+        return torch.stack(outputs, dim=1), self._unpack(after.detach())
 
     def _pack(self, state: State) -> Tensor:
         """``[B, S]``: every tensor of the state side by side, in the order of the spec."""

@@ -16,18 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 from numpy.typing import NDArray
 
+from tenuto_models.dnc.addressing import DELTA
+
 Array = NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-DELTA = 1e-6
-"""The reference's δ: keeps cosines and the allocation's products away from zero."""
 
 
 class Sizes(NamedTuple):
@@ -37,6 +36,11 @@ class Sizes(NamedTuple):
     cells: int
     width: int
     heads: int
+
+    @property
+    def features(self) -> int:
+        """Controller output and read vectors, ``H + R W``."""
+        return self.hidden + self.heads * self.width
 
     @property
     def interface(self) -> int:
@@ -49,12 +53,17 @@ class Sizes(NamedTuple):
         return self.interface + (4 * self.heads + 2) * self.cells
 
 
-def _kernel(function: _Function) -> _Function:
-    """Compile on the first call, for float32 or float64, and keep the code on disk where there is a place for it.
+def _compiled(function: _Function) -> _Function:
+    """Compile on the first call, for float32 or float64.
 
     The flags let sums be reordered, so that they use vector instructions; NaN and infinity stay what they are.
     """
-    kernel: Any = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})(function)
+    return cast(Any, njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})(function))
+
+
+def _kernel(function: _Function) -> _Function:
+    """A compiled function that others call; its code is kept on disk where there is a place for it."""
+    kernel: Any = _compiled(function)
     with suppress(RuntimeError):  # No folder to write to.
         kernel.enable_caching()
     return kernel
@@ -97,19 +106,19 @@ def _(x: Any) -> Any:
     return by_polynomial
 
 
-@_kernel
+@_compiled
 def _exp(x: Any) -> Any:
     scale, e = _exp_parts(x)
     return scale + scale * e
 
 
-@_kernel
+@_compiled
 def _sigmoid(x: Any) -> Any:
     one = type(x)(1)
     return one / (one + _exp(-x))
 
 
-@_kernel
+@_compiled
 def _tanh(x: Any) -> Any:
     # (e^2x - 1) / (e^2x + 1), the numerator without cancellation.
     one, two = type(x)(1), type(x)(2)
@@ -118,13 +127,13 @@ def _tanh(x: Any) -> Any:
     return e / (e + two)
 
 
-@_kernel
+@_compiled
 def _softplus(x: Any) -> Any:
     # torch's threshold: above it the function is x up to rounding.
     return x if x > 20 else type(x)(math.log1p(math.exp(x)))
 
 
-@_kernel
+@_compiled
 def _softmax(x: Array) -> None:
     """In place over ``[K]``."""
     largest = x[0]
@@ -206,7 +215,7 @@ def lstm_adjoint(
 # The memory access.
 
 
-@_kernel
+@_compiled
 def _memory_of(state: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array, Array, Array]:
     """Cut memory, link matrix, precedence, read weights, write weights and usage out of a row ``[S]``."""
     cells, width, heads = sizes.cells, sizes.width, sizes.heads
@@ -223,10 +232,8 @@ def _memory_of(state: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array, 
     )  # fmt: skip
 
 
-@_kernel
-def _interface_of(
-    emitted: Array, sizes: Sizes
-) -> tuple[Array, Array, Array, Array, Array, Array, Array, Array, Array]:
+@_compiled
+def _interface_of(emitted: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array, Array, Array, Array, Array, Array]:
     """Cut read keys, read strengths, write key, write strength, erase vector, write vector, free gates, the allocation
     and the write gate, and read modes out of a row ``[I]``.
     """
@@ -246,7 +253,7 @@ def _interface_of(
     )  # fmt: skip
 
 
-@_kernel
+@_compiled
 def _weightings_of(trace: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array]:
     """Cut cosines and content weightings ``[R + 1, N]`` (the last is the write head's), backward and forward weightings
     ``[R, N]`` out of what follows the interface in a trace.
@@ -257,11 +264,12 @@ def _weightings_of(trace: Array, sizes: Sizes) -> tuple[Array, Array, Array, Arr
     forward = backward + heads * cells
     return (
         trace[:contents].reshape((heads + 1, cells)), trace[contents:backward].reshape((heads + 1, cells)),
-        trace[backward:forward].reshape((heads, cells)), trace[forward : forward + heads * cells].reshape((heads, cells)),
+        trace[backward:forward].reshape((heads, cells)),
+        trace[forward : forward + heads * cells].reshape((heads, cells)),
     )  # fmt: skip
 
 
-@_kernel
+@_compiled
 def _activate(emitted: Array, sizes: Sizes) -> None:
     """Keys and write vector by tanh, gates and erase vector by the sigmoid, strengths by softplus, modes by softmax."""
     read_keys, read_strengths, write_key, write_strength, erase, write_vector, free, gates, modes = _interface_of(
@@ -279,7 +287,7 @@ def _activate(emitted: Array, sizes: Sizes) -> None:
     gates[0], gates[1] = _sigmoid(gates[0]), _sigmoid(gates[1])
 
 
-@_kernel
+@_compiled
 def _activate_adjoint(emitted: Array, d_emitted: Array, sizes: Sizes) -> None:
     """Turn ``d_emitted [I]`` from after the activations, whose values ``emitted [I]`` holds, to before them."""
     read_keys, read_strengths, write_key, write_strength, erase, write_vector, free, gates, modes = _interface_of(
@@ -306,7 +314,7 @@ def _activate_adjoint(emitted: Array, d_emitted: Array, sizes: Sizes) -> None:
         d_gates[k] *= gates[k] * (one - gates[k])
 
 
-@_kernel
+@_compiled
 def _content(memory: Array, key: Array, strength: Any, norms: Array, cosine: Array, content: Array) -> None:
     """``C(M, k, β) = softmax(cos(M, k) β)``: fill cosine and content ``[N]``; ``norms [N]`` are those of the cells."""
     delta, norm = type(strength)(DELTA), _norm(key)
@@ -316,7 +324,7 @@ def _content(memory: Array, key: Array, strength: Any, norms: Array, cosine: Arr
     _softmax(content)
 
 
-@_kernel
+@_compiled
 def _content_adjoint(
     memory: Array, norms: Array, key: Array, strength: Any, cosine: Array, content: Array, d_content: Array,
     d_memory: Array, d_key: Array,
@@ -343,7 +351,7 @@ def _content_adjoint(
     return d_strength
 
 
-@_kernel
+@_compiled
 def _dot(a: Array, b: Array) -> Any:
     total = type(a[0])(0)
     for k in range(a.size):
@@ -351,18 +359,18 @@ def _dot(a: Array, b: Array) -> Any:
     return total
 
 
-@_kernel
+@_compiled
 def _norm(x: Array) -> Any:
     return type(x[0])(math.sqrt(_dot(x, x)))
 
 
-@_kernel
+@_compiled
 def _norms(memory: Array, norms: Array) -> None:
     for n in range(norms.size):
         norms[n] = _norm(memory[n])
 
 
-@_kernel
+@_compiled
 def _allocate(usage: Array, order: Array, allocation: Array) -> None:
     """``a[φ_j] = (1 - u'[φ_j]) Π_{i<j} u'[φ_i]`` with φ ascending in ``u' = δ + (1-δ) u``, ties by index."""
     one, delta = type(usage[0])(1), type(usage[0])(DELTA)
@@ -379,7 +387,7 @@ def _allocate(usage: Array, order: Array, allocation: Array) -> None:
         product *= floored
 
 
-@_kernel
+@_compiled
 def _allocate_adjoint(usage: Array, order: Array, d_allocation: Array, products: Array, d_usage: Array) -> None:
     """Add to ``d_usage [N]``; ``products [N]`` is scratch."""
     one, delta = type(usage[0])(1), type(usage[0])(DELTA)
@@ -395,29 +403,26 @@ def _allocate_adjoint(usage: Array, order: Array, d_allocation: Array, products:
 
 
 @_kernel
-def access(
-    interface: Array, bias: Array, before: Array, after: Array, features: Array, trace: Array, sizes: Sizes
-) -> None:
-    """Write, then read: from ``interface [B, I]`` and the states ``before [B, S]`` fill read vectors and memory of the
-    states ``after`` and the read vectors of ``features [B, H + R W]``.
+def access(interface: Array, before: Array, after: Array, features: Array, trace: Array, sizes: Sizes) -> None:
+    """Write, then read: from ``interface [B, I]``, not yet activated, and the states ``before [B, S]`` fill read
+    vectors and memory of the states ``after`` and the read vectors of ``features [B, H + R W]``.
 
-    Without its ``bias [I]`` and its activations the interface comes in; ``trace [B, Sizes.trace]`` keeps what the
-    adjoint needs.
+    ``trace [B, Sizes.trace]`` is for the adjoint.
     """
     cells, width, heads, hidden = sizes.cells, sizes.width, sizes.heads, sizes.hidden
-    order, allocation, norms = np.empty(cells, np.int64), np.empty(cells, bias.dtype), np.empty(cells, bias.dtype)
+    dtype, size = interface.dtype, interface.shape[1]
+    order, allocation, norms = np.empty(cells, np.int64), np.empty(cells, dtype), np.empty(cells, dtype)
     for row in range(interface.shape[0]):
-        emitted = trace[row, : bias.size]
-        for k in range(bias.size):
-            emitted[k] = interface[row, k] + bias[k]
+        emitted = trace[row, :size]
+        emitted[:] = interface[row]
         _activate(emitted, sizes)
         read_keys, read_strengths, write_key, write_strength, erase, vector, free, gates, modes = _interface_of(
             emitted, sizes
         )
-        cosines, contents, backward, forward = _weightings_of(trace[row, bias.size :], sizes)
+        cosines, contents, backward, forward = _weightings_of(trace[row, size:], sizes)
         old_memory, old_link, old_precedence, old_reads, old_write, old_usage = _memory_of(before[row], sizes)
         memory, link, precedence, reads, write, usage = _memory_of(after[row], sizes)
-        one, zero = type(bias[0])(1), type(bias[0])(0)
+        one, zero = type(emitted[0])(1), type(emitted[0])(0)
 
         # u = (u + (1-u) ww) Π_r (1 - f_r R_r)
         for n in range(cells):

@@ -1,4 +1,4 @@
-"""The DNC's scan against its step in a loop, which autograd differentiates: values and every gradient, in float64."""
+"""The DNC's compiled code against its step in plain torch, which autograd differentiates: values and every gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from tenuto_models import DNCConfig
 from tenuto_models.dnc import DNCCore
-class Tape: pass
 from tenuto_models.linear import Linear, multiplier, product
 from tenuto_models.memory import State, initial_state
 
@@ -34,13 +33,8 @@ def lively_core(*sizes: int) -> DNCCore:
 
 def used_state(core: DNCCore) -> dict[str, torch.Tensor]:
     fresh = {name: tensor.double() for name, tensor in initial_state(core.state_spec, B).items()}
-    with torch.no_grad():
-        _, state = walked(core, torch.randn(B, 5, F, dtype=torch.float64), fresh)
-    return dict(state)
-
-
-def num_tapes() -> int:
-    return sum(type(thing) is Tape for thing in gc.get_objects())
+    _, state = walked(core, torch.randn(B, 5, F, dtype=torch.float64), fresh)
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("sizes", [(10, 5, 4, 3), (8, 1, 3, 1), (4, 6, 1, 2)], ids=str)
@@ -106,16 +100,82 @@ def test_two_backward_passes_over_one_sequence_give_the_same_gradients() -> None
 
 def test_a_sequence_that_nobody_holds_frees_its_tape_at_once() -> None:
     core = lively_core(8, 4, 4, 2)
+    state = used_state(core)
     gc.collect()
     gc.disable()
-    before = num_tapes()  # Of tests that failed, say.
+    before = num_tensors()  # Of tests that failed, say.
     try:
-        y, state = core.unroll(torch.randn(B, T, F, dtype=torch.float64), used_state(core))
-        assert num_tapes() == before + 1
-        del y, state
-        assert num_tapes() == before
+        y, after = core.unroll(torch.randn(B, T, F, dtype=torch.float64), state)
+        assert num_tensors() > before
+        del y, after
+        assert num_tensors() == before
     finally:
         gc.enable()
+
+
+def num_tensors() -> int:
+    return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_step_without_gradients_equals_the_one_in_plain_torch(dtype: torch.dtype) -> None:
+    core = lively_core(10, 5, 4, 3).to(dtype)
+    state = {name: tensor.to(dtype) for name, tensor in used_state(core.double()).items()}
+    core, z = core.to(dtype), 3 * torch.randn(B, F, dtype=dtype)
+    expected, expected_state = core.step(z, state)
+    with torch.no_grad():
+        got, got_state = core.step(z, state)
+    atol = 1e-6 if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+    for name in state:
+        torch.testing.assert_close(got_state[name], expected_state[name], rtol=0, atol=atol, msg=name)
+
+
+def test_a_row_that_is_not_finite_reaches_no_other_row() -> None:
+    core = DNCConfig(8, 4, 4, 2).build(F)
+    state, z = initial_state(core.state_spec, 3), torch.randn(3, F)
+    state["memory"][1, 2, 0] = float("nan")
+    state["usage_vector"][2, 1] = float("inf")
+    with torch.no_grad():
+        y, after = core.step(z, state)
+        alone, _ = core.step(z[[0, 0]], {name: tensor[[0, 0]] for name, tensor in state.items()})
+    assert torch.equal(y[0], alone[0])
+    assert [bool(torch.isfinite(row).all()) for row in after["memory"]] == [True, False, False]
+
+
+def test_padding_is_neither_computed_nor_differentiated() -> None:
+    core = lively_core(10, 5, 4, 3)
+    before, seq_lens = used_state(core), torch.tensor([4, 0, 7])
+    z = torch.randn(B, T, F, dtype=torch.float64, requires_grad=True)
+    y, state = core.unroll(z, before, seq_lens)
+    towards = torch.randn_like(y)
+    (found,) = torch.autograd.grad((y * towards).sum(), [z])
+    for row, length in enumerate(seq_lens.tolist()):
+        alone = {name: tensor[row : row + 1] for name, tensor in before.items()}
+        expected, after = walked(core, z[row : row + 1, :length], alone) if length else (z[:1, :0, :1], alone)
+        torch.testing.assert_close(y[row, :length], expected[0].expand(-1, 10), rtol=0, atol=1e-13)
+        assert torch.equal(y[row, length:], core.output.bias.expand(T - length, -1))
+        for name in state:
+            torch.testing.assert_close(state[name][row], after[name][0], rtol=0, atol=1e-13, msg=name)
+        if length:
+            (wanted,) = torch.autograd.grad((expected[0] * towards[row, :length]).sum(), [z])
+            torch.testing.assert_close(found[row], wanted[row], rtol=1e-9, atol=1e-13)
+        else:
+            assert not found[row].any()
+
+
+def test_dtypes_without_compiled_code_are_computed_step_by_step() -> None:
+    core = DNCConfig(8, 4, 4, 2).build(F).bfloat16()
+    state = initial_state(core.state_spec, 2)
+    before = {name: tensor.bfloat16() for name, tensor in state.items()}
+    z = torch.randn(2, T, F, dtype=torch.bfloat16)
+    expected, last = walked(core, z, before)
+    _, after_3 = walked(core, z[:, :3], before)
+    y, state = core.unroll(z, before, torch.tensor([7, 3]))
+    assert torch.equal(y, expected)
+    assert torch.equal(state["memory"], torch.stack([last["memory"][0], after_3["memory"][1]]))
+    y.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in core.parameters())
 
 
 @pytest.mark.parametrize("num_features", [8, 320])

@@ -61,6 +61,25 @@ def test_learner_recomputes_the_logits_that_were_sampled(memory: str):
     assert (forgetful - sampled)[mask].abs().max() > 1e-3
 
 
+def test_the_learner_trains_on_the_steps_that_were_played_and_no_others():
+    """RLlib adds one to every episode, for the value of its last observation; here also as a row of its own."""
+    settings = tiny_training.config(
+        env_id="tiny_training:bits", num_envs=1, batch_size=64, minibatch_size=32, max_seq_len=5
+    )
+    training = tiny_training.Training(settings)
+    batch = training.learner_batch(training.sample())
+    lengths = batch[Columns.SEQ_LENS]
+    assert lengths.sum() == 64
+    assert lengths.min() > 0
+    assert torch.equal(batch[Columns.LOSS_MASK], torch.arange(5) < lengths.unsqueeze(1))
+    assert {len(x) for x in (*batch[Columns.STATE_IN].values(), batch[Columns.OBS])} == {len(lengths)}
+
+    training = tiny_training.Training(tiny_training.config(batch_size=256, minibatch_size=64, num_epochs=2))
+    training.update(training.sample())
+    ((_, optimizer),) = training.learner.get_optimizers_for_module(training.module_id)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {8}
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_sampling_forward_is_exactly_the_policys_step(memory: str):
     training = tiny_training.Training(tiny_training.config(memory))
