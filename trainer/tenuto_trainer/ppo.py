@@ -95,6 +95,7 @@ def ppo_config(
     return (
         PPOConfig(algo_class=_PPO)
         # Actions are scaled and clipped by our own wrapper, as the server does it.
+        .framework(torch_skip_nan_gradients=True)  # PPOLearner looks for them.
         .environment(_ENV_NAME, disable_env_checking=True, normalize_actions=False, clip_actions=False)
         .env_runners(num_env_runners=config.num_env_runners, num_envs_per_env_runner=config.num_envs)
         .training(
@@ -110,10 +111,9 @@ def ppo_config(
             train_batch_size_per_learner=config.batch_size,
             minibatch_size=config.minibatch_size,
             num_epochs=config.num_epochs,
-            learner_class=PPOLearner,
         )
         .rl_module(rl_module_spec=RLModuleSpec(PolicyModule, model_config=model_config))
-        .learners(num_learners=0, num_gpus_per_learner=int(uses_gpu(config)))
+        .learners(learner_class=PPOLearner, num_learners=0, num_gpus_per_learner=int(uses_gpu(config)))
         .callbacks(cast(Any, publisher))  # Any callable will do, the annotation asks for a class.
         # Its monitor holds up the end of every run for up to 0.7 s.
         .debugging(seed=_seed_of_run(config.seed, start.progress.iteration), log_level="ERROR", log_sys_usage=False)

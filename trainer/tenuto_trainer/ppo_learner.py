@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import logging
+from typing import Any
 
-import tree
+import torch
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.core.columns import Columns
+from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
+
+from tenuto_trainer.rl_module import take_rows
+
+log = logging.getLogger(__name__)
 
 
 class PPOLearner(PPOTorchLearner):
-    """PPO's learner with :class:`DropBootstrapSteps` at the end of its connectors."""
+    """PPO's learner with :class:`DropBootstrapSteps` at the end of its connectors.
+
+    Its ``torch_skip_nan_gradients`` is to be set, so that RLlib leaves it to :meth:`apply_gradients` to look for NaN.
+    """
 
     def build(self) -> None:
         """Build module, optimizer and connectors."""
@@ -20,12 +29,20 @@ class PPOLearner(PPOTorchLearner):
         assert self._learner_connector is not None, "PPO has learner connectors"
         self._learner_connector.append(DropBootstrapSteps())
 
+    def apply_gradients(self, gradients_dict: dict[Any, Any]) -> None:
+        """Update the weights, unless a gradient is not finite: one look at all, where RLlib takes two at each."""
+        if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients_dict.values()))):
+            super().apply_gradients(gradients_dict)
+        else:
+            log.warning("a minibatch was left out: its gradients are not finite")
+
 
 class DropBootstrapSteps(ConnectorV2):
     """Shortens every row to the steps that count in the loss, once advantages are there.
 
     RLlib adds a step to every episode, for the value of its last observation. Left in, it is computed in every epoch,
-    and the minibatches are as many as if it had been played: nine instead of eight, say.
+    the minibatches are as many as if it had been played (nine instead of eight, say), and its advantage, which means
+    nothing, has its part in the mean and the deviation that advantages are standardised with.
     """
 
     def __call__(self, *, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -35,11 +52,9 @@ class DropBootstrapSteps(ConnectorV2):
 
 def _without_bootstrap_steps(columns: dict[str, Any]) -> dict[str, Any]:
     played: Tensor = columns[Columns.LOSS_MASK].sum(dim=1)
+    advantages: Tensor = columns[Postprocessing.ADVANTAGES]
+    counted = advantages[columns[Columns.LOSS_MASK]]
+    columns[Postprocessing.ADVANTAGES] = (advantages - counted.mean()) / counted.std(correction=0).clamp(min=1e-4)
     columns[Columns.SEQ_LENS] = played.to(columns[Columns.SEQ_LENS].dtype)
     # Of an episode as long as a row, the step was a row of its own.
-    left = played > 0
-
-    def keep(column: Tensor) -> Tensor:
-        return column[left]
-
-    return cast(Any, tree.map_structure(keep, columns))
+    return take_rows(columns, played > 0)

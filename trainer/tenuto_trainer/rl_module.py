@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import tree
 from gymnasium import spaces as gym_spaces
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
@@ -80,10 +81,11 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         return {name: tensor[0].numpy() for name, tensor in self.pack_state(self.policy.initial_state(1)).items()}
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Sample one step: ``obs [B, 1, O]`` -> ``action_dist_inputs [B, 1, K]`` and the state after it."""
+        """Sample one step: ``obs [B, 1, O]`` -> ``action_dist_inputs [B, 1, K]``, ``vf_preds [B, 1]``, the state."""
         output, state = self.policy.step(batch[Columns.OBS][:, 0], self.unpack_state(batch[Columns.STATE_IN]))
         return {
             Columns.ACTION_DIST_INPUTS: output.logits.unsqueeze(1),
+            Columns.VF_PREDS: output.value.unsqueeze(1),
             Columns.STATE_OUT: self.pack_state(state),
         }
 
@@ -117,14 +119,31 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
         return {**state, _COUNTER: leaves[_COUNTER].long()}
 
     def compute_values(self, batch: dict[str, Any], embeddings: Tensor | None = None) -> Tensor:
-        """Values ``[R, T]``: those of the training forward, or, without them, computed without gradients.
+        """Values ``[R, T]``: those of the training forward, or, without them, those that advantages are made of.
 
-        RLlib asks without embeddings only for advantages, over the whole batch, and would detach the result.
+        These were computed while sampling, by the same weights, for all but the last observation of an episode, whose
+        step RLlib added: rows with such a step that did not end the episode are computed here, without gradients.
         """
         if embeddings is not None:
             return embeddings
-        with torch.no_grad():
-            return self._forward_train(batch)[Columns.EMBEDDINGS]
+        values: Tensor = batch[Columns.VF_PREDS].clone()
+        added = batch[Columns.SEQ_LENS] > batch[Columns.LOSS_MASK].sum(dim=1)
+        rows = torch.nonzero(added & ~batch[Columns.TERMINATEDS].any(dim=1)).squeeze(1)
+        if len(rows):
+            names = Columns.OBS, Columns.STATE_IN, Columns.SEQ_LENS
+            columns: Any = take_rows({name: batch[name] for name in names}, rows)
+            with torch.no_grad():
+                values[rows] = self._forward_train(columns)[Columns.EMBEDDINGS]
+        return values
+
+
+def take_rows(columns: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Index every leaf of a batch's columns along its first dimension."""
+
+    def take(column: Tensor) -> Tensor:
+        return column[rows]
+
+    return cast(Any, tree.map_structure(take, columns))
 
 
 def _fresh_policy(model_config: Mapping[str, Any]) -> Policy:

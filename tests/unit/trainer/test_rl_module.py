@@ -1,9 +1,12 @@
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ray.rllib.core.columns import Columns
+from ray.rllib.evaluation.postprocessing import Postprocessing
 
 import tiny_training
 from tenuto_models import TrainingProgress, checkpoint
@@ -107,15 +110,34 @@ def test_initial_state_is_the_policys_without_a_batch_dimension(memory: str):
     assert not any(x.any() for x in state.values())
 
 
-def test_values_for_advantages_are_computed_without_a_graph_and_equal_those_of_training():
-    training = tiny_training.Training(tiny_training.config())
-    batch = training.learner_batch(training.sample())
-    trained = training.module.forward_train(batch)[Columns.EMBEDDINGS]
-    alone = training.module.compute_values(batch)
-    assert trained.requires_grad
-    assert not alone.requires_grad
-    assert torch.equal(alone, trained)
-    assert training.module.compute_values(batch, embeddings=trained) is trained
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory": "dnc"},
+        {"memory": "frameconv"},
+        # Of a fragment as long as a row, the step that RLlib adds is a row of its own.
+        {"max_seq_len": 13},
+    ],
+    ids=str,
+)
+def test_advantages_are_those_of_values_that_the_learner_computes_itself(settings: dict[str, Any]):
+    training = tiny_training.Training(tiny_training.config(**settings))
+    training.sample()  # So that fragments begin in the middle of an episode.
+    episodes = training.sample()
+    batch = training.learner_batch(copy.deepcopy(episodes))
+
+    def values_of_all_steps(columns: dict[str, Any]) -> torch.Tensor:
+        return training.module.forward_train(columns)[Columns.EMBEDDINGS].detach()
+
+    training.module.compute_values = values_of_all_steps
+    expected = training.learner_batch(episodes)
+    played = batch[Columns.LOSS_MASK]
+    targets, advantages = (
+        b[played] for b in (expected[Postprocessing.VALUE_TARGETS], batch[Postprocessing.ADVANTAGES])
+    )
+    torch.testing.assert_close(batch[Postprocessing.VALUE_TARGETS][played], targets, rtol=0, atol=1e-6)
+    raw = targets - values_of_all_steps(batch)[played]
+    torch.testing.assert_close(advantages, (raw - raw.mean()) / raw.std(correction=0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +160,13 @@ def test_training_starts_from_the_weights_of_a_published_version(tmp_path: Path)
         observation_space=module.observation_space, action_space=module.action_space, model_config=config
     )
     assert all(torch.equal(x, restarted.policy.state_dict()[name]) for name, x in policy.state_dict().items())
+
+
+def test_a_minibatch_whose_gradients_are_not_finite_is_left_out():
+    training = tiny_training.Training(tiny_training.config())
+    training.update(training.sample())
+    before = training.weights()
+    gradients = {name: torch.ones_like(p) for name, p in training.learner._params.items()}
+    next(iter(gradients.values())).view(-1)[3] = torch.inf
+    training.learner.apply_gradients(gradients)
+    assert [name for name, value in training.weights().items() if not np.array_equal(value, before[name])] == []
