@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import torch
 from gymnasium import spaces
+from prometheus_client.parser import text_string_to_metric_families
 
 from tenuto_models import DNCConfig, FrameconvConfig, Policy, PolicyConfig, TrainingProgress, checkpoint
 from tenuto_proto.v1 import policy_pb2_grpc
@@ -106,12 +107,16 @@ class ServerProcess:
             with error:
                 return error.code, error.read().decode()
 
-    def metric(self, sample: str) -> float:
-        """The value of one sample, named as in the exposition: ``name{label="x"}``; 0 where it is not there."""
-        for line in self.http("/metrics")[1].splitlines():
-            if line.startswith(sample + " "):
-                return float(line.rsplit(" ", 1)[1])
-        return 0.0
+    def metric(self, selector: str) -> float:
+        """Sum of the samples that a selector names, ``name{label="x"}``; 0 where there is none."""
+        name, _, labels = selector.rstrip("}").partition("{")
+        wanted = dict(item.split("=", 1) for item in labels.split(",") if item)
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.http("/metrics")[1])
+            for sample in family.samples
+            if sample.name == name and all(sample.labels.get(k) == v.strip('"') for k, v in wanted.items())
+        )
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)

@@ -129,6 +129,10 @@ class View:
         """The last value of a sample."""
         return self.history[-1][1].get((name, ""), 0.0)
 
+    def num_labels(self, name: str) -> int:
+        """How many rows a metric has."""
+        return sum(found == name for found, _ in self.history[-1][1])
+
     def gained(self, name: str, label: str = "") -> float:
         """How much a counter grew within the window."""
         first, last = self.history[0][1], self.history[-1][1]
@@ -177,7 +181,10 @@ def picture(view: View, trainer: Child, elapsed_s: float, height: int) -> Panel:
     """What the terminal shows, in at most ``height`` lines."""
     figures = Table.grid(padding=(0, 3))
     for label, value in (
-        ("served version", f"{view.now('tenuto_newest_version'):.0f}  ({view.now('tenuto_versions_held'):.0f} held)"),
+        (
+            "served version",
+            f"{view.now('tenuto_newest_version'):.0f}  ({view.num_labels('tenuto_version_sessions')} held)",
+        ),
         ("sessions", f"{view.now('tenuto_sessions'):.0f}"),
         ("env steps/s", f"{view.rate('tenuto_steps_total'):,.0f}"),
         ("batch size", f"{view.mean('tenuto_batch_rows'):.1f}"),

@@ -1,7 +1,10 @@
-"""Turns what a method raises into a gRPC status: the one place where errors leave the server."""
+"""Turns what a method raises into a gRPC status, and counts how requests end: the one place where errors leave the
+server.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -22,30 +25,36 @@ def as_refusal(error: Refusal | WireError) -> Refusal:
 
 
 class RefusalInterceptor(grpc.aio.ServerInterceptor):
-    """For unary methods; a stream answers in band, with the same refusals."""
+    """For the unary methods of one service; a stream answers in band, with the same refusals."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, service: str, metrics: Metrics) -> None:
+        self._prefix, self._metrics = f"/{service}/", metrics
 
     async def intercept_service(self, continuation: Callable[..., Awaitable[Any]], handler_call_details: Any) -> Any:
         """Wrap a unary method."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
+        method: str = handler_call_details.method
+        if handler is None or handler.unary_unary is None or not method.startswith(self._prefix):
             return handler
-        inner = handler.unary_unary
+        inner, rpc = handler.unary_unary, method.removeprefix(self._prefix)
 
         async def guarded(request: Any, context: Any) -> Any:
             try:
-                return await inner(request, context)
+                response = await inner(request, context)
+                self._metrics.count_request(rpc, "OK")
+                return response
+            except asyncio.CancelledError:
+                self._metrics.count_request(rpc, "CANCELLED")
+                raise
             except (Refusal, WireError) as error:
                 refusal = as_refusal(error)
+                self._metrics.count_request(rpc, refusal.code.name)
                 self._metrics.refusals.labels(refusal.reason_name).inc()
                 details = encode_status(refusal.code, str(refusal), refusal.reason, refusal.metadata)
                 await context.abort(refusal.code, str(refusal), ((STATUS_DETAILS_KEY, details),))
-            except grpc.aio.AbortError:
-                raise
             except Exception:
-                log.exception("%s failed", handler_call_details.method)
+                log.exception("%s failed", method)
+                self._metrics.count_request(rpc, "INTERNAL")
                 await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
         return grpc.unary_unary_rpc_method_handler(

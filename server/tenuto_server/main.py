@@ -44,8 +44,9 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         torch.set_num_threads(config.torch_threads)
-        self.metrics = Metrics()
         self.engine = Engine(choose_device(config.device), config.buckets)
+        self.metrics = Metrics(self.engine.device)
+        self.metrics.queue_capacity.set(config.max_queued)
         self.registry = PolicyRegistry()
         epoch = secrets.randbits(63)
         queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued)
@@ -87,7 +88,7 @@ class Server:
     async def _listen(self) -> grpc.aio.Server:
         config = self.config
         server = grpc.aio.server(
-            interceptors=[RefusalInterceptor(self.metrics)],
+            interceptors=[RefusalInterceptor(SERVICE, self.metrics)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -136,17 +137,22 @@ class Server:
 
     async def _sweep(self) -> None:
         """Regularly: expire idle sessions and late steps, drop unused versions, and say whether we are ready."""
+        due_s = time.monotonic()
         while True:
-            await self._set_health(serving=self.not_ready() is None)
             now_s = time.monotonic()
+            self.metrics.loop_lag.observe(now_s - due_s)
+            await self._set_health(serving=self.not_ready() is None)
             for policy in self.registry:
                 for slot in policy.sessions.idle_slots(now_s, self.config.idle_timeout_s):
                     self.service.end_session(policy, slot, pb.SESSION_EXPIRED)
                 for version in policy.drop_unused_versions():
                     log.info("dropped version %d of policy %s: no session needs it", version, policy.name)
-                self.metrics.versions_held.labels(policy.name).set(len(policy.versions))
+                sessions = dict.fromkeys(policy.versions, 0) | policy.sessions.by_version()
+                self.metrics.observe_sessions(policy.name, policy.sessions.by_state(), sessions)
             self.stepper.batcher.expire()
             self.metrics.queued_rows.set(self.stepper.batcher.queue.num_rows)
+            self.metrics.observe_device()
+            due_s = time.monotonic() + _SWEEP_S
             await asyncio.sleep(_SWEEP_S)
 
     async def _set_health(self, *, serving: bool) -> None:

@@ -1,18 +1,31 @@
 """Every metric of the server, declared here and nowhere else, and the HTTP face that Prometheus and probes ask.
 
-The stations of ``tenuto_station_seconds`` are those of docs/request.md.
+The stations of ``tenuto_station_seconds`` are those of docs/request.md. Labels are bounded: by the methods and codes of
+gRPC, the reasons of the contract, the policies in the repository, and versions, of which the oldest leave.
 """
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version as installed_version
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
+import torch
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    ProcessCollector,
+    Summary,
+)
 from prometheus_client.exposition import make_wsgi_app
 
 _SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7.5e-3, 1e-2, 1.5e-2, 2.5e-2, 5e-2, 0.1,
@@ -21,16 +34,28 @@ _ROWS = tuple(float(2**i) for i in range(13))
 STATIONS = ("check", "admit", "submit", "gather", "run", "scatter", "reply")
 """Stations 2 to 8 of docs/request.md."""
 MAX_VERSION_LABELS = 32
-"""Versions per policy whose returns are kept as label values; older ones leave /metrics."""
+"""Versions per policy whose episodes are kept as label values; older ones leave /metrics."""
 
 
 class Metrics:
     """The metrics of one server process, in a registry of its own."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        r = self.registry
-        self.steps = Counter("tenuto_steps", "Session steps applied.", ["policy"], registry=r)
+    def __init__(self, device: torch.device) -> None:
+        self.registry = r = CollectorRegistry()
+        ProcessCollector(registry=r)
+        GCCollector(registry=r)
+        self._device = device
+        Info("tenuto_build", "What runs here.", registry=r).info({
+            "version": installed_version("tenuto"), "python": platform.python_version(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        })  # fmt: skip
+
+        # Requests.
+        self._requests = Counter(
+            "tenuto_requests", "Requests by how they ended; each message of a StepStream is one.", ["rpc", "code"],
+            registry=r,
+        )  # fmt: skip
+        self.refusals = Counter("tenuto_refusals", "Requests and rows refused.", ["reason"], registry=r)
         self.step_seconds = Histogram(
             "tenuto_step_seconds", "From a request's arrival to its reply.", ["rpc"], buckets=_SECONDS, registry=r
         )
@@ -39,43 +64,99 @@ class Metrics:
         )
         # Looked up once: a label costs more than an observation.
         self.station = {name: self.station_seconds.labels(name) for name in STATIONS}
+        self._request_of: dict[tuple[str, str], Counter] = {}
+
+        # Steps and the engine.
+        self.steps = Counter("tenuto_steps", "Session steps applied.", ["policy"], registry=r)
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", buckets=_ROWS, registry=r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
-        self.refusals = Counter("tenuto_refusals", "Requests and rows refused.", ["reason"], registry=r)
-        self.cancelled = Counter(
-            "tenuto_requests_cancelled", "Requests given up by the caller, or past its deadline.", registry=r
-        )
-        self.sessions = Gauge("tenuto_sessions", "Open sessions.", ["policy"], registry=r)
+        self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once.", registry=r)
+        self.engine_busy = Counter("tenuto_engine_busy_seconds", "Time that the engine spent on batches.", registry=r)
+        self.loop_lag = Histogram(
+            "tenuto_event_loop_lag_seconds", "How late the event loop came back to a timer, four times a second.",
+            buckets=_SECONDS, registry=r,
+        )  # fmt: skip
+        self.batch_invariant = Gauge(
+            "tenuto_batch_invariant", "1 if all batch sizes gave the same bits in the self-test.", ["policy"],
+            registry=r,
+        )  # fmt: skip
+
+        # Sessions and episodes.
+        self.sessions = Gauge(
+            "tenuto_sessions",
+            "Slots in use: opened (no step yet), waiting (for its next step), stepping, ending (with its step).",
+            ["policy", "state"], registry=r,
+        )  # fmt: skip
         self.capacity = Gauge("tenuto_session_capacity", "Sessions that may be open at once.", ["policy"], registry=r)
         self.sessions_opened = Counter("tenuto_sessions_opened", "Sessions opened.", ["policy"], registry=r)
         self.sessions_ended = Counter("tenuto_sessions_ended", "Sessions ended.", ["policy", "reason"], registry=r)
-        self.episodes = Counter("tenuto_episodes", "Episodes begun.", ["policy"], registry=r)
+        self.episodes = Counter("tenuto_episodes", "Episodes begun.", ["policy", "version"], registry=r)
         self.episode_return = Summary(
             "tenuto_episode_return",
             "Returns of finished episodes whose rewards the clients sent, by the version that began them.",
-            ["policy", "version"],
-            registry=r,
-        )
-        self.newest_version = Gauge("tenuto_newest_version", "Version of new episodes.", ["policy"], registry=r)
-        self.versions_held = Gauge("tenuto_versions_held", "Versions on the device.", ["policy"], registry=r)
-        self.checkpoints = Counter("tenuto_checkpoints", "Checkpoints seen.", ["policy", "outcome"], registry=r)
-        self.arena_bytes = Gauge("tenuto_arena_bytes", "Device memory of sessions' state.", ["policy"], registry=r)
-        self.batch_invariant = Gauge(
-            "tenuto_batch_invariant",
-            "1 if all batch sizes gave the same bits in the self-test.",
-            ["policy"],
-            registry=r,
-        )
-        self._returned: dict[str, deque[int]] = {}
+            ["policy", "version"], registry=r,
+        )  # fmt: skip
 
-    def observe_return(self, policy: str, version: int, episode_return: float) -> None:
-        """Record a finished episode; keeps the number of version labels bounded."""
-        versions = self._returned.setdefault(policy, deque())
+        # Versions.
+        self.newest_version = Gauge("tenuto_newest_version", "Version of new episodes.", ["policy"], registry=r)
+        self._version_sessions = Gauge(
+            "tenuto_version_sessions", "Sessions in an episode of this version; one row for each version held.",
+            ["policy", "version"], registry=r,
+        )  # fmt: skip
+        self.versions_loaded = Counter("tenuto_versions_loaded", "Versions taken into service.", ["policy"], registry=r)
+        self.versions_refused = Counter(
+            "tenuto_versions_refused",
+            "Versions not taken into service: broken, mismatch (with the versions served), failed (see the log).",
+            ["policy", "reason"], registry=r,
+        )  # fmt: skip
+
+        # Memory.
+        self.arena_bytes = Gauge("tenuto_arena_bytes", "Device memory of sessions' state.", ["policy"], registry=r)
+        self.device_memory = Gauge(
+            "tenuto_device_memory_bytes", "Memory that torch holds on the GPU; without one, 0.", registry=r
+        )
+        self._begun: dict[str, deque[int]] = {}
+        self._held: dict[str, set[str]] = {}
+
+    def count_request(self, rpc: str, code: str) -> None:
+        """Count a request that ended, by its method and the name of its gRPC code."""
+        counter = self._request_of.get((rpc, code))
+        if counter is None:
+            counter = self._request_of[rpc, code] = self._requests.labels(rpc, code)
+        counter.inc()
+
+    def count_episodes(self, policy: str, version: int, count: int) -> None:
+        """Record episodes that began; keeps the number of version labels bounded."""
+        versions = self._begun.setdefault(policy, deque())
         if version not in versions:
             versions.append(version)
+            self.episode_return.labels(policy, str(version))
             if len(versions) > MAX_VERSION_LABELS:
-                self.episode_return.remove(policy, str(versions.popleft()))
-        self.episode_return.labels(policy, str(version)).observe(episode_return)
+                oldest = str(versions.popleft())
+                self.episodes.remove(policy, oldest)
+                self.episode_return.remove(policy, oldest)
+        self.episodes.labels(policy, str(version)).inc(count)
+
+    def observe_return(self, policy: str, version: int, episode_return: float) -> None:
+        """Record a finished episode of a version that is still among the labels."""
+        if version in self._begun.get(policy, ()):
+            self.episode_return.labels(policy, str(version)).observe(episode_return)
+
+    def observe_sessions(self, policy: str, by_state: Mapping[str, int], by_version: Mapping[int, int]) -> None:
+        """Set the gauges of a policy's slots and of the versions that it holds."""
+        for state, count in by_state.items():
+            self.sessions.labels(policy, state).set(count)
+        held = {str(version): count for version, count in by_version.items()}
+        for version in self._held.get(policy, set()) - held.keys():
+            self._version_sessions.remove(policy, version)
+        self._held[policy] = set(held)
+        for version, count in held.items():
+            self._version_sessions.labels(policy, version).set(count)
+
+    def observe_device(self) -> None:
+        """Set the gauge of the device's memory."""
+        if self._device.type == "cuda":
+            self.device_memory.set(torch.cuda.memory_reserved(self._device))
 
 
 class _Quiet(WSGIRequestHandler):

@@ -94,12 +94,13 @@ class Reloader:
             # Callers learn which version it is, not where this server keeps it.
             message = str(error).removeprefix(f"{folder}: ").replace(str(folder), f"version {version}")
             refused.add(name, version, form, message)
-            self._metrics.checkpoints.labels(name, "refused").inc()
+            reason = "mismatch" if isinstance(error, MismatchError) else "broken"
+            self._metrics.versions_refused.labels(name, reason).inc()
             log.warning("refused version %d of policy %s: %s", version, name, error)
             return False
         except Exception:
             refused.add(name, version, form, "it could not be loaded; the server's log says why")
-            self._metrics.checkpoints.labels(name, "failed").inc()
+            self._metrics.versions_refused.labels(name, "failed").inc()
             log.exception("could not load version %d of policy %s", version, name)
             return False
         policy.versions[version] = served
@@ -110,7 +111,7 @@ class Reloader:
             self._metrics.arena_bytes.labels(name).set(policy.arena.num_bytes)
         policy.drop_unused_versions()
         self._metrics.newest_version.labels(name).set(version)
-        self._metrics.checkpoints.labels(name, "loaded").inc()
+        self._metrics.versions_loaded.labels(name).inc()
         training = loaded.training
         log.info(
             "serving version %d of policy %s (%d env steps, training return %s)",

@@ -76,7 +76,6 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         policy.sessions.open(session_id, SessionOptions(request.version, seed, request.deterministic), self._clock())
         if not known:
             self._metrics.sessions_opened.labels(policy.name).inc()
-        self._metrics.sessions.labels(policy.name).set(len(policy.sessions))
         return pb.OpenSessionResponse(
             session_id=session_id,
             policy_name=policy.name,
@@ -107,7 +106,6 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         ended = policy.sessions.end(slot, reason)
         label = pb.ErrorReason.Name(reason).removeprefix("SESSION_").lower()
         self._metrics.sessions_ended.labels(policy.name, label).inc()
-        self._metrics.sessions.labels(policy.name).set(len(policy.sessions))
         return ended
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Any) -> pb.ListSessionsResponse:
@@ -241,14 +239,22 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
                 task.cancel()
 
     async def _answer_in_stream(self, request: pb.StepBatchRequest) -> pb.StepBatchResponse:
+        rpc = "StepStream"
         try:
-            return await self._step_batch("StepStream", request, None)
+            response = await self._step_batch(rpc, request, None)
+            self._metrics.count_request(rpc, "OK")
+            return response
+        except asyncio.CancelledError:
+            self._metrics.count_request(rpc, "CANCELLED")
+            raise
         except (Refusal, WireError) as error:
             refusal = as_refusal(error)
+            self._metrics.count_request(rpc, refusal.code.name)
             self._metrics.refusals.labels(refusal.reason_name).inc()
             return pb.StepBatchResponse(request_id=request.request_id, error=refusal.to_wire())
         except Exception:
             log.exception("a StepStream request failed")
+            self._metrics.count_request(rpc, "INTERNAL")
             failure = pb.Error(code=grpc.StatusCode.INTERNAL.value[0], message="internal error")
             return pb.StepBatchResponse(request_id=request.request_id, error=failure)
 

@@ -100,6 +100,21 @@ class SessionTable:
         begun = self.pool.leased & ~self.closing & ((self.next_index > 0) | self.busy)
         return int(begun.sum())
 
+    def by_state(self) -> dict[str, int]:
+        """Slots in use: ``opened`` (no step yet), ``waiting`` (for a next step), ``stepping``, ``ending`` (after the
+        step that is under way).
+        """
+        leased = self.pool.leased
+        ending, stepping = leased & self.closing, leased & self.busy & ~self.closing
+        opened = leased & ~self.busy & (self.next_index == 0)
+        counts = {"opened": opened, "stepping": stepping, "ending": ending, "waiting": leased & ~self.busy & ~opened}
+        return {state: int(slots.sum()) for state, slots in counts.items()}
+
+    def by_version(self) -> dict[int, int]:
+        """Sessions by the version of their running episode; those that have not begun one are in none."""
+        versions, counts = np.unique(self.version[self.pool.leased], return_counts=True)
+        return {int(v): int(n) for v, n in zip(versions, counts, strict=True) if v > 0}
+
     def session_ids(self) -> list[int]:
         """Ids of the open sessions, ascending."""
         return sorted(self._slots)

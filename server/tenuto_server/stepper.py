@@ -76,9 +76,6 @@ class Stepper:
                 # What others submitted has a deadline of theirs; this request does not wait longer than its own.
                 remaining_s = max(0.0, began_s + timeout_s - self._clock())
                 await asyncio.wait({settled for _, settled in others}, timeout=remaining_s)
-        except asyncio.CancelledError:
-            self._metrics.cancelled.inc()
-            raise
         finally:
             for ticket, settled in (*own, *others):
                 self.batcher.leave(ticket, settled)
@@ -160,7 +157,9 @@ class Stepper:
         if not good.all():
             self._refuse_rows(policy, batch, rows.slots, np.flatnonzero(~good), now_s)
         self._metrics.steps.labels(policy.name).inc(len(slots))
-        self._metrics.episodes.labels(policy.name).inc(int(rows.episode_starts[good].sum()))
+        if begun := int(rows.episode_starts[good].sum()):
+            self._metrics.count_episodes(policy.name, checkpoint.version, begun)
+        self._metrics.engine_busy.inc(sum(results.station_s.values()))
         for station, seconds in results.station_s.items():
             self._metrics.station[station].observe(seconds)
 

@@ -131,7 +131,7 @@ def test_a_bad_version_is_refused_counted_named_and_the_old_one_goes_on(
     running = session(own_server)
     running.step(observations(1)[0])
     folder.rename(repository / "policy" / "2")
-    refusals = 'tenuto_checkpoints_total{outcome="refused",policy="policy"}'
+    refusals = 'tenuto_versions_refused_total{policy="policy"}'
     wait_until(lambda: own_server.metric(refusals) == 1, "the refusal")
     assert any("refused version 2 of policy policy" in line for line in own_server.log)
     assert running.step(observations(1)[0]).version == 1 and session(own_server).step(observations(1)[0]).version == 1
@@ -157,7 +157,7 @@ def test_a_version_that_was_incomplete_is_loaded_once_it_is_complete(
     target = repository / "policy" / "2"
     target.mkdir()
     (target / "manifest.json").write_bytes((whole / "manifest.json").read_bytes())
-    wait_until(lambda: own_server.metric('tenuto_checkpoints_total{outcome="refused",policy="policy"}'), "a refusal")
+    wait_until(lambda: own_server.metric('tenuto_versions_refused_total{policy="policy"}'), "a refusal")
     (target / "weights.safetensors").write_bytes((whole / "weights.safetensors").read_bytes())
     wait_until(lambda: newest(own_server) == 2, "version 2")
 
@@ -191,7 +191,7 @@ def test_capacity_is_refused_and_comes_back_when_sessions_close(own_server: Serv
     assert (code, reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPACITY_REACHED")
     own_server.stub.CloseSession(pb.CloseSessionRequest(session_id=opened[0].id))
     session(own_server).step(observations(1)[0])
-    assert own_server.metric('tenuto_sessions{policy="policy"}') == 3
+    wait_until(lambda: own_server.metric('tenuto_sessions{policy="policy"}') == 3, "the gauge to follow")
 
 
 @with_flags("--idle-timeout-s", "0.4")
@@ -241,7 +241,9 @@ def test_a_client_that_vanishes_in_mid_step_frees_its_session_and_disturbs_nobod
     with subprocess.Popen([sys.executable, "-c", program]) as client:
         wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
         client.send_signal(signal.SIGKILL)
-    wait_until(lambda: own_server.metric("tenuto_requests_cancelled_total") == 1, "the step to be dropped")
+    wait_until(
+        lambda: own_server.metric('tenuto_requests_total{rpc="Step",code="CANCELLED"}') == 1, "the step to be dropped"
+    )
     response = own_server.stub.StepBatch(batch([ours, gone], observations(2)))
     assert not response.errors
     assert steps_taken(own_server, ours.id) == steps_taken(own_server, gone.id) == 1
@@ -279,7 +281,7 @@ def test_closing_a_session_with_a_waiting_step_answers_the_step_first(own_server
     waiting = own_server.stub.Step.future(one.request(observations(1)[0]))
     wait_until(lambda: own_server.metric("tenuto_queued_rows") == 1, "the step to wait")
     closing = own_server.stub.CloseSession.future(pb.CloseSessionRequest(session_id=one.id))
-    wait_until(lambda: own_server.metric('tenuto_sessions{policy="policy"}') == 1, "the session to end")
+    wait_until(lambda: own_server.metric('tenuto_sessions{policy="policy",state="ending"}') == 1, "the session to end")
     assert refused(own_server.stub.Step, one.request(observations(1)[0]))[1] == "SESSION_CLOSED"
     assert not closing.done()
     other.step(observations(1)[0])
@@ -406,7 +408,10 @@ def test_a_step_that_waits_at_shutdown_is_answered(own_server: ServerProcess) ->
         (("--port", "99999"), "port: got 99999"),
         (("--max-batch", "64", "--max-queued", "2"), "max_queued: got 2"),
         (("--host", "203.0.113.1"), "cannot be bound"),
-        (("--repository", "/proc/nothing"), "repository: got /proc/nothing, which cannot be created"),
+        (
+            ("--repository", "/proc/nothing", "--port", "0", "--metrics-port", "0"),
+            "repository: got /proc/nothing, which cannot be created",
+        ),
         (("--log-level", "loud"), "expected DEBUG, INFO, WARNING or ERROR"),
         (("--unknown", "1"), "unrecognized arguments"),
     ],
