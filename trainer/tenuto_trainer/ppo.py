@@ -39,6 +39,7 @@ from tenuto_trainer.state import TrainingState
 
 _ENV_NAME = "tenuto"
 _OBJECT_STORE_BYTES = 128 * 2**20
+_START_ATTEMPTS = 3
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def local_ray(config: TrainConfig, num_cpus: int | None = None) -> Generator[Non
     # Paths of sockets must be short, hence the prefix; Ray's processes may still write while they end.
     with tempfile.TemporaryDirectory(prefix="tenuto-", ignore_cleanup_errors=True) as folder:
         try:
-            ray.init(
+            _start_ray(
                 address="local",
                 num_cpus=num_cpus or 1 + config.num_env_runners,
                 num_gpus=int(uses_gpu(config)),
@@ -71,6 +72,18 @@ def local_ray(config: TrainConfig, num_cpus: int | None = None) -> Generator[Non
             yield
         finally:
             ray.shutdown()
+
+
+def _start_ray(**options: Any) -> None:
+    """Start Ray; again where the machine was too busy for the half minute that Ray gives its processes."""
+    for attempts_left in reversed(range(_START_ATTEMPTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not attempts_left or "timed out during startup" not in str(error):
+                raise
 
 
 def uses_gpu(config: TrainConfig) -> bool:
