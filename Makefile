@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-training study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-startup bench-observing bench-training study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -61,6 +61,12 @@ $(VENV)/study: install
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[study]'
 	$(BIN)/pip install --quiet --no-deps dnc==1.1.0
 	touch $@
+
+bench-startup: install  ## Measure start-up times and memory at rest, about a minute.
+	$(BIN)/python bench/startup.py
+
+bench-observing: install  ## Measure what the metrics cost, about a minute.
+	$(BIN)/python bench/observing.py
 
 bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.
 	$(BIN)/python -W ignore bench/training.py

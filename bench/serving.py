@@ -187,7 +187,7 @@ def main() -> None:
         server = Process("-m", "tenuto_server.main", "--repository", folder, "--port", "0", "--metrics-port", "0")
         echo = Process("-c", ECHO)
         try:
-            _wait_until_ready(server)
+            wait_until_ready(server)
             for mode, sessions in track(CASES, "measuring", console=console, transient=True):
                 before, batches = server.cpu_s(), _metric(server, "tenuto_batch_rows_count")
                 rows_before = _metric(server, "tenuto_batch_rows_sum")
@@ -209,19 +209,19 @@ def main() -> None:
     console.print(table)
 
 
-def _metrics_text(server: Process) -> str:
+def metrics_text(server: Process) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10) as response:
         return response.read().decode()
 
 
 def _metric(server: Process, name: str) -> float:
-    lines = _metrics_text(server).splitlines()
+    lines = metrics_text(server).splitlines()
     return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
-def _wait_until_ready(server: Process) -> None:
+def wait_until_ready(server: Process) -> None:
     deadline = time.monotonic() + 60
-    while "tenuto_newest_version{" not in _metrics_text(server):
+    while "tenuto_newest_version{" not in metrics_text(server):
         assert time.monotonic() < deadline, "the server loaded no policy"
         time.sleep(0.1)
 

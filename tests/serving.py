@@ -74,8 +74,8 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0)
 class ServerProcess:
     """``tenuto-serve`` on free ports. Its log is kept in ``log``."""
 
-    def __init__(self, repository: Path, *flags: str, wait: bool = True) -> None:
-        command = [sys.executable, "-m", "tenuto_server.main", "--repository", str(repository)]
+    def __init__(self, repository: Path, *flags: str, wait: bool = True, python: str | Path = sys.executable) -> None:
+        command = [str(python), "-m", "tenuto_server.main", "--repository", str(repository)]
         command += ["--port", "0", "--metrics-port", "0", "--poll-s", "0.5", "--drain-timeout-s", "5", *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []

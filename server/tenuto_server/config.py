@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 
 from tenuto_server.errors import ConfigurationError
@@ -85,6 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     parser = argparse.ArgumentParser(
         prog="tenuto-serve", description="Serve policies that remember, from a folder of checkpoints, over gRPC."
     )
+    parser.add_argument("--version", action="version", version=f"tenuto {version('tenuto')}")
     kinds = {"int": int, "float": float, "str": str, "Path": Path}
     for field in fields(ServerConfig):
         required = field.name == "repository"

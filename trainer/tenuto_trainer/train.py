@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         epilog="tenuto-train import-popgym --help: publish the policy of an old RLlib checkpoint of a POPGym model.",
         argument_default=argparse.SUPPRESS,  # What is not given stays that of the file, or the default.
     )
+    parser.add_argument("--version", action="version", version=f"tenuto {version('tenuto')}")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags go before it")
     for setting in settings():
         unset = setting.default is None or setting.default is MISSING or setting.default == ""
