@@ -433,3 +433,36 @@ def test_a_port_that_is_taken_is_named(own_server: ServerProcess, tmp_path: Path
         ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
         assert ended.returncode != 0 and "Traceback" not in ended.stderr
         assert "cannot be bound (Address already in use)" in ended.stderr
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_tell_how_requests_ended_and_where_sessions_are(own_server: ServerProcess) -> None:
+    playing = session(own_server)
+    playing.step(observations(1)[0])
+    session(own_server)
+    refused(own_server.stub.Step, pb.StepRequest(session_id=1))
+    list(own_server.stub.StepStream(iter([batch([playing], observations(1)), pb.StepBatchRequest()])))
+
+    ended = {
+        (rpc, code): own_server.metric(f'tenuto_requests_total{{rpc="{rpc}",code="{code}"}}')
+        for rpc, code in (
+            ("OpenSession", "OK"), ("Step", "OK"), ("Step", "NOT_FOUND"), ("StepStream", "OK"),
+            ("StepStream", "INVALID_ARGUMENT"),
+        )
+    }  # fmt: skip
+    assert list(ended.values()) == [2, 1, 1, 1, 1], ended
+
+    def states() -> dict[str, float]:
+        names = ("opened", "waiting", "stepping", "ending")
+        return {name: own_server.metric(f'tenuto_sessions{{policy="policy",state="{name}"}}') for name in names}
+
+    expected = {"opened": 1, "waiting": 1, "stepping": 0, "ending": 0}
+    wait_until(lambda: states() == expected, "the gauges to follow")
+    assert own_server.metric('tenuto_version_sessions{policy="policy",version="1"}') == 1
+    assert own_server.metric('tenuto_episodes_total{policy="policy",version="1"}') == 1
+    assert own_server.metric("tenuto_engine_busy_seconds_total") > 0
+    assert own_server.metric("tenuto_event_loop_lag_seconds_count") > 0
+    assert own_server.metric('tenuto_build_info{device="cpu"}') == 1
+    assert own_server.metric("process_resident_memory_bytes") > 1e7

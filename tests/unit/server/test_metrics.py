@@ -1,0 +1,31 @@
+"""Labels that come from versions stay bounded however long a server lives."""
+
+from __future__ import annotations
+
+import torch
+
+from tenuto_server.metrics import MAX_VERSION_LABELS, Metrics
+
+
+def versions_of(metrics: Metrics, name: str) -> list[int]:
+    samples = [s for family in metrics.registry.collect() for s in family.samples if s.name == name]
+    return sorted(int(s.labels["version"]) for s in samples)
+
+
+def test_episodes_of_the_oldest_versions_leave() -> None:
+    metrics, last = Metrics(torch.device("cpu")), 3 * MAX_VERSION_LABELS
+    for version in range(1, last + 1):
+        metrics.count_episodes("policy", version, 2)
+        metrics.observe_return("policy", version, 1.0)
+    metrics.observe_return("policy", 1, 1.0)  # A late end of an episode of a version that has left.
+    kept = list(range(last - MAX_VERSION_LABELS + 1, last + 1))
+    assert versions_of(metrics, "tenuto_episodes_total") == kept
+    assert versions_of(metrics, "tenuto_episode_return_count") == kept
+
+
+def test_sessions_are_told_for_the_versions_held_and_no_others() -> None:
+    metrics = Metrics(torch.device("cpu"))
+    metrics.observe_sessions("policy", {"waiting": 3}, {1: 3, 2: 0})
+    metrics.observe_sessions("policy", {"waiting": 1}, {2: 1})
+    assert versions_of(metrics, "tenuto_version_sessions") == [2]
+    assert metrics.registry.get_sample_value("tenuto_sessions", {"policy": "policy", "state": "waiting"}) == 1
