@@ -60,9 +60,10 @@ class Training:
 
 
 class Recorder(gymnasium.Env[Any, Any]):
-    """Ten steps an episode over a given action space; keeps the actions that it was given."""
+    """Ten steps an episode, or as many as asked, over a given action space; keeps the actions that it was given."""
 
-    def __init__(self, action_space: spaces.Space[Any]) -> None:
+    def __init__(self, action_space: spaces.Space[Any], num_steps: int = 10) -> None:
+        self.num_steps = num_steps
         self.observation_space, self.action_space = spaces.MultiBinary(3), action_space
         self.actions: list[Any] = []
 
@@ -74,11 +75,15 @@ class Recorder(gymnasium.Env[Any, Any]):
         assert self.action_space.contains(action)
         self.actions.append(action)
         self._steps += 1
-        return np.ones(3, np.int8), 1.0, self._steps == 10, False, {}
+        return np.ones(3, np.int8), 1.0, self._steps == self.num_steps, False, {}
 
 
 def bits() -> Recorder:
     return Recorder(spaces.MultiBinary((2, 2)))
+
+
+def endless() -> Recorder:
+    return Recorder(spaces.Discrete(2), num_steps=10**9)
 
 
 def shifted() -> Recorder:

@@ -1,6 +1,7 @@
 """Errors of the models package.
 
 ModelError
+├── InputError       a tensor of another shape or dtype than the model takes
 ├── ConfigError      a configuration value or space that no policy can be built from
 └── CheckpointError  a checkpoint that must not be used: broken, truncated, tampered with or mismatched
 """
@@ -10,6 +11,10 @@ from __future__ import annotations
 
 class ModelError(Exception):
     """Base of every error that this package raises on purpose. The text says what, got, expected."""
+
+
+class InputError(ModelError, ValueError):
+    """A tensor of another shape or dtype than the model takes; nothing was computed."""
 
 
 class ConfigError(ModelError, ValueError):

@@ -12,10 +12,11 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from watchfiles import awatch
 
-from tenuto_models import CheckpointError, checkpoint
+from tenuto_models import Checkpoint, CheckpointError, checkpoint
 from tenuto_proto import WireError
 from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.metrics import Metrics
@@ -81,7 +82,7 @@ class Reloader:
         if refused.holds(name, version, form):
             return False
         try:
-            loaded = await asyncio.to_thread(checkpoint.read, folder)
+            loaded = await asyncio.to_thread(_read, folder)
             policy = self._registry.get(name)
             first = policy is None
             if policy is None:
@@ -133,6 +134,14 @@ class Reloader:
                     "policy %s: logits differ by up to %.1e between batch sizes on this device",
                     served.policy_name, spread,
                 )  # fmt: skip
+
+
+def _read(folder: Path) -> Checkpoint:
+    """Read a version and take a step with it, so that what compiles at the first step does so on this thread."""
+    loaded = checkpoint.read(folder)
+    with torch.inference_mode():
+        loaded.policy.step(torch.zeros(1, loaded.policy.observation_size), loaded.policy.initial_state(1))
+    return loaded
 
 
 def _form(folder: Path) -> object:

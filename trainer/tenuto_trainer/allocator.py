@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
     Every minibatch frees and allocates the same tens of megabytes; fetching them anew, zeroed page by page, took a
     fifth of the time of a forward and backward pass.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

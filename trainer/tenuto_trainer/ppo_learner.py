@@ -29,12 +29,19 @@ class PPOLearner(PPOTorchLearner):
         assert self._learner_connector is not None, "PPO has learner connectors"
         self._learner_connector.append(DropBootstrapSteps())
 
+    def _create_iterator_if_necessary(self, *, minibatch_size: int | None = None, **kwargs: Any) -> Any:
+        """Make RLlib's iterator over minibatches, whose rows it counts as ``int(rows * (minibatch_size / steps))``:
+        rounded down, that is one too few now and then, and none where a minibatch is a row.
+        """
+        nudged: Any = minibatch_size and minibatch_size * (1 + 1e-9)
+        return super()._create_iterator_if_necessary(minibatch_size=nudged, **kwargs)
+
     def apply_gradients(self, gradients_dict: dict[Any, Any]) -> None:
         """Update the weights, unless a gradient is not finite: one look at all, where RLlib takes two at each."""
         if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients_dict.values()))):
             super().apply_gradients(gradients_dict)
         else:
-            log.warning("a minibatch was left out: its gradients are not finite")
+            log.warning("a minibatch was left out: its gradients are not finite, or their norm is not")
 
 
 class DropBootstrapSteps(ConnectorV2):

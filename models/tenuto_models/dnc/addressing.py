@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DELTA = 1e-6
-"""The reference's δ: keeps cosines and the allocation's products away from zero."""
+from tenuto_models.dnc.kernels import DELTA
 
 
 def content_weights(memory: Tensor, keys: Tensor, strengths: Tensor) -> Tensor:

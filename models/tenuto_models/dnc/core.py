@@ -14,7 +14,7 @@ from tenuto_models.dnc import kernels
 from tenuto_models.dnc.access import MemoryAccess
 from tenuto_models.dnc.kernels import Sizes
 from tenuto_models.dnc.scan import Scan, compiled
-from tenuto_models.errors import ConfigError
+from tenuto_models.errors import ConfigError, InputError
 from tenuto_models.linear import Linear
 from tenuto_models.memory import State, StateSpec, TensorSpec
 
@@ -76,6 +76,7 @@ class DNCCore(nn.Module):
 
     def step(self, z: Tensor, state: State) -> tuple[Tensor, dict[str, Tensor]]:
         """Advance one step: ``z [B, F]`` -> ``(y [B, H], state)``. On a CPU without gradients by compiled code."""
+        self._require_fit(z, state)
         gates = self.gates(torch.cat([z, state["read_vectors"], state["h"].squeeze(1)], dim=1))
         if compiled(z) and not torch.is_grad_enabled():
             return self._step_compiled(gates, self._pack(state))
@@ -102,27 +103,53 @@ class DNCCore(nn.Module):
         The same function as :meth:`step` in a loop, up to rounding; on a CPU computed by :class:`Scan`. No gradient
         flows through the returned state.
         """
-        rows, steps, _ = z.shape
-        lengths = torch.full((rows,), steps, device=z.device) if seq_lens is None else seq_lens.long()
+        self._require_fit(z, state)
+        (rows, steps, _), before = z.shape, self._pack(state)
+        lengths = self._lengths(seq_lens, rows, steps, z.device)
         if not compiled(z):
-            return self._unroll_by_steps(z, state, lengths)
+            return self._unroll_by_steps(z, state, before, lengths)
         # The longest row first: what is advanced at a step then stands side by side.
         by_length = torch.argsort(lengths, descending=True, stable=True)
         active = (lengths > torch.arange(steps).unsqueeze(1)).sum(dim=1).tolist()
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in (z, before, *self.parameters()))
         features, states = Scan.apply(
-            self._sizes, torch.is_grad_enabled(), active, z.transpose(0, 1)[:, by_length], self.gates.weight,
-            self.gates.bias, self.access.interface.weight, self.access.interface.bias, self._pack(state)[by_length],
+            self._sizes, keep, active, z.transpose(0, 1)[:, by_length], self.gates.weight, self.gates.bias,
+            self.access.interface.weight, self.access.interface.bias, before[by_length],
         )  # fmt: skip
         as_given = torch.argsort(by_length)
         return self.output(features[:, as_given]).transpose(0, 1), self._unpack(states[lengths, as_given])
 
-    def _unroll_by_steps(self, z: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs, after = list[Tensor](), self._pack(state)
+    def _unroll_by_steps(
+        self, z: Tensor, state: State, before: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`unroll` where the kernels cannot go: autograd differentiates the steps."""
+        outputs, after, ends = list[Tensor](), before.detach(), set(lengths.tolist())
         for t in range(z.shape[1]):
             y, state = self.step(z[:, t], state)
             outputs.append(y)
-            after = torch.where((lengths > t).unsqueeze(1), self._pack(state), after)
-        return torch.stack(outputs, dim=1), self._unpack(after.detach())
+            if t + 1 in ends:
+                with torch.no_grad():
+                    after = torch.where((lengths == t + 1).unsqueeze(1), self._pack(state), after)
+        y = torch.stack(outputs, dim=1) if outputs else z.new_zeros(len(z), 0, self.output_size)
+        return y, self._unpack(after)
+
+    def _lengths(self, seq_lens: Tensor | None, rows: int, steps: int, device: torch.device) -> Tensor:
+        """Lengths ``[B]`` as int64; T without ``seq_lens``. Raises InputError."""
+        if seq_lens is None:
+            return torch.full((rows,), steps, device=device)
+        if seq_lens.shape != (rows,) or (rows and not 0 <= int(seq_lens.min()) <= int(seq_lens.max()) <= steps):
+            raise InputError(f"seq_lens: got {seq_lens.tolist()}, expected {rows} numbers from 0 to {steps}")
+        return seq_lens.long()
+
+    def _require_fit(self, z: Tensor, state: State) -> None:
+        """Raise InputError for a ``z [B, ..., F]`` or a state of other sizes, which kernels would not notice."""
+        if z.shape[-1] != self.input_size:
+            raise InputError(f"z: got {z.shape[-1]} features, expected {self.input_size}")
+        for spec in self.state_spec:
+            tensor, expected = state[spec.name], (len(z), *spec.shape)
+            if tensor.shape != expected or (compiled(z) and tensor.dtype != z.dtype):
+                got = f"{[*tensor.shape]} {tensor.dtype}"
+                raise InputError(f"state {spec.name}: got {got}, expected {[*expected]} {z.dtype}")
 
     def _pack(self, state: State) -> Tensor:
         """``[B, S]``: every tensor of the state side by side, in the order of the spec."""

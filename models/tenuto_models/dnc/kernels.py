@@ -13,6 +13,7 @@ usage_vector``. A name ``d_x`` is the gradient of the loss with respect to ``x``
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,8 @@ from numba import njit, types
 from numba.extending import overload
 from numpy.typing import NDArray
 
-from tenuto_models.dnc.addressing import DELTA
+DELTA = 1e-6
+"""The reference's δ: keeps cosines and the allocation's products away from zero."""
 
 Array = NDArray[Any]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -56,25 +58,37 @@ class Sizes(NamedTuple):
 def _compiled(function: _Function) -> _Function:
     """Compile on the first call, for float32 or float64.
 
-    The flags let sums be reordered, so that they use vector instructions; NaN and infinity stay what they are.
+    The flags let sums be reordered, so that they use vector instructions; NaN stays NaN.
     """
     return cast(Any, njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})(function))
 
 
-def _kernel(function: _Function) -> _Function:
-    """A compiled function that others call; its code is kept on disk where there is a place for it."""
-    kernel: Any = _compiled(function)
-    with suppress(RuntimeError):  # No folder to write to.
-        kernel.enable_caching()
-    return kernel
+class _Kernel:
+    """A compiled function that others call. Its code is kept on disk, where there is a place for it and it is sound."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._call = function, _compiled(function)
+        # No folder to write to, or numba is told to compile nothing.
+        with suppress(RuntimeError, AttributeError):
+            cast(Any, self._call).enable_caching()
+
+    def __call__(self, *arguments: Any) -> None:
+        try:
+            self._call(*arguments)
+        except Exception:  # noqa: BLE001 (kernels raise nothing: what was kept is damaged, or the disk is full)
+            self._call = _compiled(self._function)
+            self._call(*arguments)
 
 
 # Elementary functions.
 
 
 def _exp_parts(x: float) -> tuple[float, float]:
-    """``(2^k, e^r - 1)`` with ``e^x = 2^k e^r`` and ``|r| <= ln(2) / 2``; float32 by a polynomial that vectorises."""
-    raise NotImplementedError
+    """``(2^k, e^r - 1)`` with ``e^x = 2^k e^r``; compiled, ``|r| <= ln(2) / 2``, in float32 by a polynomial that
+    vectorises.
+    """
+    return 1.0, math.expm1(x)
 
 
 @overload(_exp_parts, jit_options={"error_model": "numpy", "fastmath": {"contract"}})
@@ -150,7 +164,7 @@ def _softmax(x: Array) -> None:
 # The LSTM's pointwise part.
 
 
-@_kernel
+@_Kernel
 def lstm(gates: Array, before: Array, after: Array, features: Array, sizes: Sizes) -> None:
     """Activate ``gates [B, 4 H]`` (i, f, g, o) in place and, from the states ``before [B, S]``, fill c and h of the
     states ``after`` and h of ``features [B, H + R W]``.
@@ -174,7 +188,7 @@ def lstm(gates: Array, before: Array, after: Array, features: Array, sizes: Size
         features[b, :size] = h
 
 
-@_kernel
+@_Kernel
 def lstm_adjoint(
     gates: Array, before: Array, after: Array, d_features: Array, d_h: Array, d_state: Array, d_gates: Array,
     sizes: Sizes,
@@ -402,7 +416,7 @@ def _allocate_adjoint(usage: Array, order: Array, d_allocation: Array, products:
         later += d * (one - floored) * products[j]
 
 
-@_kernel
+@_Kernel
 def access(interface: Array, before: Array, after: Array, features: Array, trace: Array, sizes: Sizes) -> None:
     """Write, then read: from ``interface [B, I]``, not yet activated, and the states ``before [B, S]`` fill read
     vectors and memory of the states ``after`` and the read vectors of ``features [B, H + R W]``.
@@ -471,7 +485,7 @@ def access(interface: Array, before: Array, after: Array, features: Array, trace
             after[row, 2 * hidden + k] = features[row, hidden + k]
 
 
-@_kernel
+@_Kernel
 def access_adjoint(
     trace: Array, before: Array, after: Array, d_features: Array, d_state: Array, d_interface: Array, sizes: Sizes
 ) -> None:

@@ -23,8 +23,12 @@ from tenuto_models.linear import linear, multiplier, product
 
 
 def compiled(z: Tensor) -> bool:
-    """Return whether the kernels can take tensors such as ``z``."""
-    return z.device.type == "cpu" and z.dtype in (torch.float32, torch.float64)
+    """Return whether the kernels can take tensors such as ``z``, and what the layers make of them."""
+    return (
+        z.device.type == "cpu"
+        and z.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+    )  # fmt: skip
 
 
 class Scan(torch.autograd.Function):

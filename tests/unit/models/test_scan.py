@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tenuto_models import DNCConfig
-from tenuto_models.dnc import DNCCore
+from tenuto_models.dnc import DNCCore, kernels
+from tenuto_models.dnc.kernels import Sizes
+from tenuto_models.errors import InputError
 from tenuto_models.linear import Linear, multiplier, product
 from tenuto_models.memory import State, initial_state
 
@@ -176,6 +182,119 @@ def test_dtypes_without_compiled_code_are_computed_step_by_step() -> None:
     assert torch.equal(state["memory"], torch.stack([last["memory"][0], after_3["memory"][1]]))
     y.float().sum().backward()
     assert all(parameter.grad is not None for parameter in core.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_are_torchs_up_to_the_last_bits_everywhere(dtype: torch.dtype) -> None:
+    """Of an LSTM whose state is zero, the gates are its inputs, activated."""
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.logspace(-9, 2, 300), torch.tensor([-1e30, -0.0, 0.0, 1e30])])
+    x = x.to(dtype)
+    size = len(x)
+    gates = x.repeat(1, 4)
+    before, after = torch.zeros(1, 2 * size, dtype=dtype), torch.zeros(1, 2 * size, dtype=dtype)
+    kernels.lstm(
+        gates.numpy(), before.numpy(), after.numpy(), after[:, :size].contiguous().numpy(), Sizes(size, 0, 0, 0)
+    )  # fmt: skip
+    i, f, g, o = gates.view(4, size)
+    exact, eps = x.double(), torch.finfo(dtype).eps
+    # Below e^-87 float32 has no normal numbers; the gates are as good as closed there.
+    least = 1e-37 if dtype == torch.float32 else 1e-300
+    for gate in (i, f, o):
+        torch.testing.assert_close(gate.double(), torch.sigmoid(exact), rtol=64 * eps, atol=least)
+    torch.testing.assert_close(g.double(), torch.tanh(exact), rtol=8 * eps, atol=0)
+
+
+@pytest.mark.parametrize("strength", [0.0, 15.0, 500.0])
+def test_float32_gradients_are_those_of_float64(strength: float) -> None:
+    core = lively_core(16, 6, 5, 2)
+    with torch.no_grad():  # Strengths of the content weightings, which make scores large.
+        core.access.interface.bias[[10, 11, 17]] += strength
+    before = {name: tensor.requires_grad_() for name, tensor in used_state(core).items()}
+    z = torch.randn(B, T, F, dtype=torch.float64)
+
+    def gradients(core: DNCCore, z: torch.Tensor, state: State) -> dict[str, torch.Tensor]:
+        y, _ = core.unroll(z, state)
+        inputs = dict(core.named_parameters()) | dict(state)
+        return dict(zip(inputs, torch.autograd.grad(y.square().sum(), list(inputs.values())), strict=True))
+
+    wanted = gradients(core, z, before)
+    single = {name: tensor.detach().float().requires_grad_() for name, tensor in before.items()}
+    found = gradients(core.float(), z.float(), single)
+    for name, gradient in wanted.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name].double(), gradient, rtol=0, atol=2e-4 * scale, msg=name)
+
+
+def test_empty_cells_and_keys_of_zeros_have_the_gradient_of_a_norm_that_is_zero() -> None:
+    core = lively_core(10, 5, 4, 3)
+    with torch.no_grad():  # The first read key and the write key are always zero.
+        for rows in (slice(0, 4), slice(15, 19)):
+            core.access.interface.weight[rows], core.access.interface.bias[rows] = 0, 0
+    before = used_state(core)
+    before["memory"][:, 2] = 0
+    before = {name: tensor.requires_grad_() for name, tensor in before.items()}
+    z = torch.randn(B, T, F, dtype=torch.float64)
+    inputs = [before["memory"], *core.parameters()]
+    expected, _ = walked(core, z, before)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    got, _ = core.unroll(z, before)
+    found = torch.autograd.grad(got.square().sum(), inputs)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("call", ["step", "unroll"])
+def test_what_does_not_fit_is_refused_before_anything_is_computed(call: str) -> None:
+    """The kernels look at no bounds: a wrong size would be somebody else's memory."""
+    core = DNCConfig(8, 4, 2, 2).build(F)
+    state, z = initial_state(core.state_spec, 2), torch.zeros(2, *([3] if call == "unroll" else []), F)
+    wrong = {
+        "state memory": {"memory": torch.zeros(2, 2, 4)},
+        "state c": {"c": torch.zeros(2, 1, 7)},
+        "state usage_vector": {"usage_vector": torch.zeros(1, 4)},
+        "state h": {"h": torch.zeros(2, 1, 8, dtype=torch.float64)},
+    }
+    for what, tensor in wrong.items():
+        with torch.no_grad(), pytest.raises(InputError, match=rf"^{what}: got \["):
+            getattr(core, call)(z, {**state, **tensor})
+    with torch.no_grad(), pytest.raises(InputError, match=f"^z: got {F - 1} features, expected {F}$"):
+        getattr(core, call)(z[..., 1:], state)
+
+
+@pytest.mark.parametrize("lengths", [[4, 1], [-1, 1], [1], [1, 1, 1]], ids=str)
+def test_lengths_that_no_row_has_are_refused(lengths: list[int]) -> None:
+    core = DNCConfig(8, 4, 2, 2).build(F)
+    with pytest.raises(InputError, match=r"^seq_lens: got \[.*\], expected 2 numbers from 0 to 3$"):
+        core.unroll(torch.zeros(2, 3, F), initial_state(core.state_spec, 2), torch.tensor(lengths))
+
+
+STEP = """
+import torch
+from tenuto_models import DNCConfig
+from tenuto_models.memory import initial_state
+
+torch.manual_seed(0)
+core = DNCConfig(8, 4, 2, 2).build(3)
+with torch.no_grad():
+    y, _ = core.step(torch.ones(2, 3), initial_state(core.state_spec, 2))
+print([round(v, 5) for v in y[0].tolist()])
+"""
+
+
+def test_compiled_code_on_disk_may_be_damaged_and_compiling_forbidden(tmp_path: Path) -> None:
+    def step(**environment: str) -> str:
+        everything = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), **environment}
+        done = subprocess.run([sys.executable, "-c", STEP], env=everything, capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    expected = step()
+    kept = [*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")]
+    assert len(kept) >= 4
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:5])
+    assert step() == expected
+    assert step(NUMBA_DISABLE_JIT="1") == expected
 
 
 @pytest.mark.parametrize("num_features", [8, 320])

@@ -162,6 +162,18 @@ def test_training_starts_from_the_weights_of_a_published_version(tmp_path: Path)
     assert all(torch.equal(x, restarted.policy.state_dict()[name]) for name, x in policy.state_dict().items())
 
 
+@pytest.mark.parametrize(("num_rows", "rows_each"), [(49, 1), (49, 7)])
+def test_minibatches_are_as_large_as_asked(num_rows: int, rows_each: int):
+    """49 (16 / 784) is a little less than 1 in floating point."""
+    settings = tiny_training.config(
+        env_id="tiny_training:endless", num_envs=1, batch_size=num_rows * 16, minibatch_size=rows_each * 16
+    )
+    training = tiny_training.Training(settings)
+    training.update(training.sample())
+    ((_, optimizer),) = training.learner.get_optimizers_for_module(training.module_id)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {num_rows // rows_each}
+
+
 def test_a_minibatch_whose_gradients_are_not_finite_is_left_out():
     training = tiny_training.Training(tiny_training.config())
     training.update(training.sample())
