@@ -24,6 +24,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -159,20 +160,14 @@ class Load:
     """Clients of all kinds, good and bad, in a thread of their own; the same round again and again."""
 
     def __init__(self, server: ServerProcess) -> None:
-        self.server, self.reward, self.num_rounds = server, 1.0, 0
-        self._stop = threading.Event()
-        self._failure: Exception | None = None
+        self.server, self.reward = server, 1.0
+        self._stop, self._thread = threading.Event(), ThreadPoolExecutor(1)
         self._sessions = [WireSession(server, "policy") for _ in range(ROWS)]
         self._observations = observations(ROWS)
-        self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self._round()
-                self.num_rounds += 1
-        except Exception as error:
-            self._failure = error
+        while not self._stop.is_set():
+            self._round()
 
     def _round(self) -> None:
         stub = self.server.stub
@@ -222,13 +217,13 @@ class Load:
         return None
 
     def __enter__(self) -> Load:
-        self._thread.start()
+        self._running = self._thread.submit(self._run)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._stop.set()
-        self._thread.join()
-        assert self._failure is None, self._failure
+        self._thread.shutdown()
+        self._running.result()
 
 
 def without_finite_logits() -> Policy:
