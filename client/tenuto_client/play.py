@@ -76,7 +76,7 @@ class PlayOptions:
 
 def parse_args(argv: Sequence[str] | None = None) -> PlayOptions:
     """Read argv. Exits with a message for what argparse refuses; raises ValueError for the rest."""
-    parser = argparse.ArgumentParser(prog="tenuto-play", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tenuto-play", allow_abbrev=False, description=__doc__)
     parser.add_argument("--env", required=True, metavar="ID", help="popgym-…-v0, a gymnasium id, or module:callable")
     parser.add_argument("--server", default=PlayOptions.server, metavar="HOST:PORT")
     parser.add_argument("--policy", default="", metavar="NAME", help="default: the only one that is served")

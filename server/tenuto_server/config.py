@@ -84,7 +84,9 @@ class ServerConfig:
 def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     """Read the command line. Raises ConfigurationError for a bad value; argparse exits for unknown flags."""
     parser = argparse.ArgumentParser(
-        prog="tenuto-serve", description="Serve policies that remember, from a folder of checkpoints, over gRPC."
+        prog="tenuto-serve",
+        allow_abbrev=False,
+        description="Serve policies that remember, from a folder of checkpoints, over gRPC.",
     )
     parser.add_argument("--version", action="version", version=f"tenuto {version('tenuto')}")
     kinds = {"int": int, "float": float, "str": str, "Path": Path}

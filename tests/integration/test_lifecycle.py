@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gymnasium import spaces
 
 from serving import ServerProcess, edit_manifest, publish, small_policy, wait_until
+from tenuto_models import TrainingProgress, checkpoint
 from tenuto_proto import array_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.service import MAX_STREAM_REQUESTS
@@ -160,6 +161,20 @@ def test_a_version_that_was_incomplete_is_loaded_once_it_is_complete(
     wait_until(lambda: own_server.metric('tenuto_versions_refused_total{policy="policy"}'), "a refusal")
     (target / "weights.safetensors").write_bytes((whole / "weights.safetensors").read_bytes())
     wait_until(lambda: newest(own_server) == 2, "version 2")
+
+
+def test_a_first_dnc_compiles_beside_the_steps_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "empty"))
+    repository = tmp_path / "repository"
+    publish(repository, small_policy("frameconv"))
+    with ServerProcess(repository) as server:
+        playing = session(server)
+        checkpoint.write(repository, "dnc", small_policy("dnc"), TrainingProgress())
+        while not server.metric('tenuto_newest_version{policy="dnc"}'):
+            # Compiling takes longer than this deadline.
+            server.stub.Step(playing.request(observations(1)[0]), timeout=2)
+            playing.index += 1
+        assert any("compiled the DNC's access" in line for line in server.log)
 
 
 def test_an_output_that_is_not_finite_fails_its_step_and_leaves_the_session(tmp_path: Path) -> None:

@@ -54,13 +54,23 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     observation_space, action_space = env.observation_space, env.action_space
     env.close()
     policy_config = config.policy_config()
-    Policy(observation_space, action_space, policy_config)  # Refuses what no policy can be built for.
+    policy = Policy(observation_space, action_space, policy_config)  # Refuses what no policy can be built for.
     uses_gpu(config)  # Refuses a GPU that is not there.
     if config.seed is None:
         config = replace(config, seed=secrets.randbelow(MAX_SEED))
+    _compile(policy, progress)
     with only_training(config):
         start = find_start(config.repository, config.policy, observation_space, action_space, policy_config)
         return _train(config, observation_space, action_space, start, progress)
+
+
+def _compile(policy: Policy, progress: Progress) -> None:
+    """Take a step and a gradient, so that what compiles at the first of them does not do so while training."""
+    began = time.monotonic()
+    output, _ = policy.unroll(torch.zeros(1, 1, policy.observation_size), policy.initial_state(1))
+    (output.logits.sum() + output.value.sum()).backward()
+    if (seconds := time.monotonic() - began) > 2:
+        progress.note(f"compiled the memory's code for this machine in {seconds:.0f} s; the next run finds it")
 
 
 def _train(

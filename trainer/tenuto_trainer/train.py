@@ -29,6 +29,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """Read the command line and the file that it may name. Exits with code 2 and a line if they are not understood."""
     parser = argparse.ArgumentParser(
         prog="tenuto-train",
+        allow_abbrev=False,
         usage="tenuto-train --env ID --memory {dnc,frameconv} --repository FOLDER [--config FILE] [setting …]",
         description="Train a policy with memory and publish its versions to a repository.",
         epilog="tenuto-train import-popgym --help: publish the policy of an old RLlib checkpoint of a POPGym model.",

@@ -14,7 +14,9 @@ usage_vector``. A name ``d_x`` is the gradient of the loss with respect to ``x``
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar, cast
@@ -28,6 +30,8 @@ DELTA = 1e-6
 """The reference's δ: keeps cosines and the allocation's products away from zero."""
 
 Array = NDArray[Any]
+log = logging.getLogger(__name__)
+_NOTEWORTHY_S = 1.0
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -68,17 +72,21 @@ class _Kernel:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
-        self._function, self._call = function, _compiled(function)
+        self._function, self._call, self._used = function, _compiled(function), False
         # No folder to write to, or numba is told to compile nothing.
         with suppress(RuntimeError, AttributeError):
             cast(Any, self._call).enable_caching()
 
     def __call__(self, *arguments: Any) -> None:
+        began = None if self._used else time.monotonic()
         try:
             self._call(*arguments)
         except Exception:  # noqa: BLE001 (kernels raise nothing: what was kept is damaged, or the disk is full)
             self._call = _compiled(self._function)
             self._call(*arguments)
+        self._used = True
+        if began is not None and (seconds := time.monotonic() - began) > _NOTEWORTHY_S:
+            log.info("compiled the DNC's %s in %.1f s, once on this machine", self._function.__name__, seconds)
 
 
 # Elementary functions.
