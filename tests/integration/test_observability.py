@@ -47,10 +47,13 @@ ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 # Seconds for what is minutes and hours in operation. The load comes round every two seconds.
 RANGE, OFFSET = "15s", "5s"
 
-pytestmark = pytest.mark.skipif(
-    any(shutil.which(program) is None for program in ("prometheus", "promtool")),
-    reason="needs prometheus and promtool, for example from Debian's package prometheus",
-)
+pytestmark = [
+    pytest.mark.timeout(300),  # Half a minute; more where others use the cores.
+    pytest.mark.skipif(
+        any(shutil.which(program) is None for program in ("prometheus", "promtool")),
+        reason="needs prometheus and promtool, for example from Debian's package prometheus",
+    ),
+]
 
 
 def promtool(*arguments: str, text: str | None = None) -> str:
@@ -249,7 +252,7 @@ class Scene:
         self._await_alerts("TenutoNoPolicy", "TenutoServerDown")
 
         publish(self.repository, small_policy())
-        wait_until(lambda: self.server.http("/readyz")[0] == 200, "readiness")
+        wait_until(lambda: self.server.http("/readyz")[0] == 200, "readiness", 90)
         load = stack.enter_context(Load(self.server))
         self._await_metric('tenuto_episode_return_count{version="1"}', 50)
         load.reward = 0.5
@@ -271,9 +274,9 @@ class Scene:
         self._await_alerts(*ALERTS)
 
     def _await_metric(self, selector: str, value: float) -> None:
-        wait_until(lambda: self.server.metric(selector) >= value, f"{selector} >= {value}")
+        wait_until(lambda: self.server.metric(selector) >= value, f"{selector} >= {value}", 90)
 
-    def _await_alerts(self, *names: str, timeout_s: float = 30.0) -> None:
+    def _await_alerts(self, *names: str, timeout_s: float = 45.0) -> None:
         """Wait until they have fired; a test says later which did not."""
         deadline_s = time.monotonic() + timeout_s
         while not set(names) <= self.prometheus.fired().keys() and time.monotonic() < deadline_s:
@@ -303,7 +306,7 @@ def test_every_alert_fires_and_stays_silent_in_its_unit_tests() -> None:
 
 def test_every_alert_fires_on_what_it_is_there_for(scene: Scene) -> None:
     fired = scene.prometheus.fired()
-    assert sorted(ALERTS) == sorted(fired)
+    assert ALERTS.keys() - fired.keys() == set()
     assert scene.silent_instance in [labels["instance"] for labels in fired["TenutoServerDown"]]
     assert [labels["instance"] for labels in fired["TenutoNoPolicy"]] == [scene.instance]
     assert {labels["reason"] for labels in fired["TenutoVersionRefused"]} == {"broken", "mismatch"}
