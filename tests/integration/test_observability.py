@@ -111,7 +111,11 @@ class Prometheus:
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
-        self.port = int(wait_until(self._listening, "Prometheus to listen")[1])
+        try:
+            self.port = int(wait_until(self._listening, "Prometheus to listen")[1])
+        except BaseException:
+            self.close()
+            raise
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
@@ -146,6 +150,9 @@ class Prometheus:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.process.kill()
         self.process.wait()
         self._reader.join()
