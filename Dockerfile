@@ -51,7 +51,7 @@ RUN pip --python /opt/venv/bin/python3 install --no-cache-dir --no-deps --no-ind
 USER 10001:10001
 EXPOSE 50051 9464
 # Healthy means that steps are answered, so not before there is a policy in the repository, and no more while draining.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python3", "/opt/tenuto/health.py"]
+HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["python3", "/opt/tenuto/health.py"]
 # Later flags go before earlier ones: `docker run … tenuto-server --capacity 1024`.
 ENTRYPOINT ["tenuto-start", "tenuto-serve", "--host", "0.0.0.0", "--repository", "/repository"]
 

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -152,7 +153,8 @@ def make_base(folder: Path) -> str:
     show("debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", root, lines=steps)
     with subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE) as tar:
         path = "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        subprocess.run(["podman", "import", "--quiet", "--change", path, "-", name], stdin=tar.stdout, check=True)
+        command = ["podman", "import", "--quiet", "--change", path, "-", name]
+        subprocess.run(command, stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
     shutil.rmtree(root)
     return name
 
@@ -197,9 +199,22 @@ def logs(service: str) -> str:
     return run("podman", "logs", container(service), check=False)
 
 
+def show_logs(service: str, lines: str) -> None:
+    """Print the lines of a service's log that match, with their times."""
+    for line in run("podman", "logs", "--timestamps", container(service), check=False).splitlines():
+        if re.search(lines, line):
+            stamp, text = line.split(" ", 1)
+            say(f"  {stamp[11:23]} {text.split(' tenuto: ')[-1]}")
+
+
 def is_healthy(name: str) -> bool:
     """Call the image's health check."""
     return subprocess.run(["podman", "healthcheck", "run", name], capture_output=True, check=False).returncode == 0
+
+
+def process_of(service: str) -> int:
+    """Return the host's id of a container's first process, 0 where there is none."""
+    return int(run("podman", "inspect", "--format", "{{.State.Pid}}", container(service)))
 
 
 def stop(service: str) -> tuple[float, int]:
@@ -262,7 +277,9 @@ def bring_up(metrics_port: int) -> None:
     compose("up", "--detach", "--no-build", "trainer")
     wait_for("the trainer's first version makes the server healthy", lambda: is_healthy(container("server")), 120)
     check_hardening("trainer")
-    wait_for("the server loads two more versions", lambda: scrape(metrics_port)["tenuto_newest_version"] >= 3, 120)
+    wait_for(
+        "the server loads two more versions", lambda: scrape(metrics_port).get("tenuto_newest_version", 0) >= 3, 120
+    )
 
 
 def play(port: int, metrics_port: int) -> None:
@@ -293,26 +310,36 @@ def end_training() -> None:
     """Stop the trainer with SIGTERM."""
     say("stopping the trainer")
     took_s, code = stop("trainer")
-    (last,) = re.findall(r"stopped: .*", logs("trainer"))
-    require(code == 0, f"SIGTERM ends it in {took_s:.1f} s with exit code 0: {last}")
+    show_logs("trainer", "stopped: |serves version")
+    require(code == 0, f"SIGTERM ends it in {took_s:.1f} s with exit code 0")
 
 
 def restart_under_load(metrics_port: int) -> None:
     """Drain the server while the players play, start it again, and see the players go on."""
     say("stopping the server while 16 environments play")
     took_s, code = stop("server")
-    for line in re.findall(r"(?:draining: .*|.* still open .*|stopped)", logs("server")):
-        say(f"  {line}")
-    require(code == 0, f"SIGTERM drains it in {took_s:.1f} s, exit code 0")
+    show_logs("server", "draining: | still open |: stopped")
+    require(code == 0, f"SIGTERM ends it in {took_s:.1f} s with exit code 0")
     require("still open" not in logs("server"), "every running episode was played to its end")
 
     say("starting it again")
     compose("start", "server")
-    wait_for("it is healthy", lambda: is_healthy(container("server")), 60)
-    wait_for("the players go on by themselves", lambda: scrape(metrics_port).get("tenuto_sessions", 0) == 16, 120)
+    wait_for_players(metrics_port)
+
+    say("killing it with SIGKILL")
+    pid = process_of("server")
+    os.kill(pid, signal.SIGKILL)
+    wait_for("it is started again by its restart policy", lambda: process_of("server") not in (0, pid), 30)
+    wait_for_players(metrics_port)
     for service in ("player-batch", "player-stream"):
         took_s, code = stop(service)
         require(code == 0, f"{service} ends on SIGTERM in {took_s:.1f} s with exit code 0")
+
+
+def wait_for_players(metrics_port: int) -> None:
+    """Wait until the server is healthy and the players, whom nobody touched, play on."""
+    wait_for("it is healthy", lambda: is_healthy(container("server")), 60)
+    wait_for("the players go on by themselves", lambda: scrape(metrics_port).get("tenuto_sessions", 0) == 16, 120)
 
 
 def time_starts() -> None:
@@ -323,13 +350,14 @@ def time_starts() -> None:
                 "--health-interval=disable", f"--volume={PROJECT}_repository:/repository:ro"]  # fmt: skip
     for what, more in (
         ("compiled code from the image", []),
-        ("compiled code from the image, again", []),
         ("nowhere to write it to", ["--env=NUMBA_CACHE_DIR=/nowhere"]),
+        ("compiled code from the image, again", []),
+        ("nowhere to write it to, again", ["--env=NUMBA_CACHE_DIR=/nowhere"]),
     ):
         run("podman", "run", "--detach", "--name", name, *hardened, *more, "localhost/tenuto-server:dev")
         wait_for(what, lambda: is_healthy(name), 120)
         warned = "compiled anew" in run("podman", "logs", name)
-        require(warned == bool(more), f"the log {'says so' if more else 'has no complaint'}")
+        require(warned == bool(more), f"the log {'says that it compiles anew' if more else 'has no complaint'}")
         run("podman", "rm", "--force", name)
 
 
@@ -358,15 +386,17 @@ def main() -> None:
     """Run the whole test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-image", help="default: made by debootstrap")
-    parser.add_argument("--folder", type=Path, default=Path("/var/tmp/tenuto-image-test"), help="needs 8 GB")
+    parser.add_argument("--below", type=Path, default=Path("/var/tmp"), help="where to make its folder of 8 GB")
     parser.add_argument("--keep", action="store_true", help="leave the images there: the next run is faster")
     options = parser.parse_args()
+    folder: Path = options.below.absolute() / PROJECT
     try:
         look_at_the_machine()
-        options.folder.mkdir(parents=True, exist_ok=True)
-        private_podman(options.folder)
-        with cleaned_up(options.folder, options.keep):
-            test(options.folder, options.base_image)
+        folder.mkdir(parents=True, exist_ok=True)
+        private_podman(folder)
+        with cleaned_up(folder, options.keep):
+            run("podman", "rm", "--all", "--force")  # What a run that was killed left behind.
+            test(folder, options.base_image)
     except Skipped as reason:
         print(f"image-test skipped: {reason}")
     except Failed as failure:
