@@ -125,6 +125,13 @@ class Metrics:
             counter = self._request_of[rpc, code] = self._requests.labels(rpc, code)
         counter.inc()
 
+    def begin_policy(self, policy: str) -> None:
+        """Begin the counters of rare events at 0: Prometheus sees no increase in a row that appears with its first."""
+        for reason in ("broken", "mismatch", "failed"):
+            self.versions_refused.labels(policy, reason)
+        for reason in ("closed", "expired"):
+            self.sessions_ended.labels(policy, reason)
+
     def count_episodes(self, policy: str, version: int, count: int) -> None:
         """Record episodes that began; keeps the number of version labels bounded."""
         versions = self._begun.setdefault(policy, deque())

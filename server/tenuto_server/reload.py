@@ -108,6 +108,7 @@ class Reloader:
         refused.discard(name, version)
         if first:
             self._registry.add(policy)
+            self._metrics.begin_policy(name)
             self._metrics.capacity.labels(name).set(self._capacity)
             self._metrics.arena_bytes.labels(name).set(policy.arena.num_bytes)
         policy.drop_unused_versions()
