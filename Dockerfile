@@ -47,7 +47,8 @@ FROM runtime AS server
 COPY --from=wheel /dist /opt/tenuto/
 COPY deploy/image/health.py deploy/image/warm.py /opt/tenuto/
 RUN pip --python /opt/venv/bin/python3 install --no-cache-dir --no-deps --no-index /opt/tenuto/*.whl \
-    && NUMBA_CACHE_DIR=/opt/tenuto/numba python3 /opt/tenuto/warm.py
+    && NUMBA_CACHE_DIR=/opt/tenuto/numba python3 /opt/tenuto/warm.py \
+    && rm -rf /tmp/*
 USER 10001:10001
 EXPOSE 50051 9464
 # Healthy means that steps are answered, so not before there is a policy in the repository, and no more while draining.
@@ -65,7 +66,8 @@ RUN pip --python /opt/venv/bin/python3 install --no-cache-dir --require-hashes -
 COPY --from=wheel /dist /opt/tenuto/
 COPY deploy/image/warm.py /opt/tenuto/
 RUN pip --python /opt/venv/bin/python3 install --no-cache-dir --no-deps --no-index /opt/tenuto/*.whl \
-    && NUMBA_CACHE_DIR=/opt/tenuto/numba python3 /opt/tenuto/warm.py
+    && NUMBA_CACHE_DIR=/opt/tenuto/numba python3 /opt/tenuto/warm.py \
+    && rm -rf /tmp/*
 USER 10001:10001
 ENTRYPOINT ["tenuto-start"]
 CMD ["tenuto-train", "--help"]

@@ -344,7 +344,7 @@ def wait_for_players(metrics_port: int) -> None:
 
 def time_starts() -> None:
     """Time the server's start with the compiled code of the image, and where it is of no use."""
-    say("timing the start of the server, from podman run to healthy")
+    say("timing the start of the server, from the return of podman run to healthy")
     name = f"{PROJECT}_start"
     hardened = ["--read-only", "--tmpfs=/tmp", "--cap-drop=all", "--security-opt=no-new-privileges", "--network=none",
                 "--health-interval=disable", f"--volume={PROJECT}_repository:/repository:ro"]  # fmt: skip
