@@ -2,8 +2,9 @@
 
     python bench/observing.py [--rounds 7] [--seconds 2]
 
-Prints steps/s of both and the median of the ratios of neighbouring turns, for the case with the most observations per
-step (a lone session) and for the one with the most steps (batches of 256). Each server is scraped each second.
+Prints the medians of steps/s and of the server's CPU time per step, and what the metrics cost of each. Cases: the most
+observations per step (a lone session), the most requests (64 sessions), the most steps (batches of 256). Each server is
+scraped every second.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tenuto_models import Policy, PolicyConfig, TrainingProgress, checkpoint
 
 CASES = [("unary", 1), ("stream", 1), ("unary", 64), ("batch", 256)]
 SCRAPE_S = 1.0
+Figures = tuple[float, float]
 WITHOUT = """
 import prometheus_client.metrics as metrics
 for kind, names in ((metrics.Counter, ["inc"]), (metrics.Histogram, ["observe"]), (metrics.Summary, ["observe"])):
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
     console, done = Console(width=100), threading.Event()
-    rates: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in CASES}
+    figures = {case: (list[Figures](), list[Figures]()) for case in CASES}
     with tempfile.TemporaryDirectory() as folder:
         policy = Policy(OBSERVATIONS, ACTIONS, PolicyConfig.for_memory("frameconv"))
         torch.manual_seed(0)
@@ -53,24 +55,33 @@ def main() -> None:
             for server in servers:
                 wait_until_ready(server)
                 threading.Thread(target=_scrape, args=(server, done), daemon=True).start()
-            for mode, sessions in track(CASES * options.rounds, "measuring", console=console, transient=True):
-                observed, bare = (
-                    asyncio.run(measure(s.port, mode, sessions, options.seconds, True))[0] for s in servers
-                )
-                rates[mode, sessions].append((observed, bare))
+            for number, case in enumerate(track(CASES * options.rounds, "measuring", console=console, transient=True)):
+                for which in (0, 1) if number // len(CASES) % 2 else (1, 0):
+                    figures[case][which].append(_measure(servers[which], *case, options.seconds))
         finally:
             done.set()
             for server in servers:
                 server.popen.kill()
                 server.popen.communicate()
-    table = Table(title="steps/s with metrics and without (frameconv)")
-    for column in ("rpc", "sessions", "with", "without", "cost"):
+    table = Table(title="with metrics and without (frameconv)")
+    for column in ("rpc", "sessions", "steps/s", "without", "cost", "CPU µs/step", "without", "cost"):
         table.add_column(column, justify="right")
-    for (mode, sessions), pairs in rates.items():
-        cost = 1 - statistics.median(observed / bare for observed, bare in pairs)
-        medians = (statistics.median(column) for column in zip(*pairs, strict=True))
-        table.add_row(mode, str(sessions), *(f"{rate:,.0f}" for rate in medians), f"{cost:.1%}")
+    for (mode, sessions), (observed, bare) in figures.items():
+        (rate, cpu), (bare_rate, bare_cpu) = (
+            tuple(statistics.median(column) for column in zip(*runs, strict=True)) for runs in (observed, bare)
+        )
+        table.add_row(
+            mode, str(sessions), f"{rate:,.0f}", f"{bare_rate:,.0f}", f"{1 - rate / bare_rate:.1%}",
+            f"{cpu:,.1f}", f"{bare_cpu:,.1f}", f"{cpu / bare_cpu - 1:.1%}",
+        )  # fmt: skip
     console.print(table)
+
+
+def _measure(server: Process, mode: str, sessions: int, seconds: float) -> Figures:
+    """Return (steps/s, microseconds of the server's CPU per step)."""
+    before = server.cpu_s()
+    rate, _ = asyncio.run(measure(server.port, mode, sessions, seconds, True))
+    return rate, 1e6 * (server.cpu_s() - before) / (rate * seconds)
 
 
 def _scrape(server: Process, done: threading.Event) -> None:

@@ -23,6 +23,8 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A container that is started again may have another address; gRPC would ask for it every half minute.
+    ("grpc.dns_min_time_between_resolutions_ms", 2000),
     # Finds out within half a minute that a mobile link went away without saying so.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
