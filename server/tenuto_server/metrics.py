@@ -7,8 +7,8 @@ gRPC, the reasons of the contract, the policies in the repository, and versions,
 from __future__ import annotations
 
 import platform
+import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version as installed_version
 from socketserver import ThreadingMixIn
@@ -63,6 +63,7 @@ class Metrics:
             "tenuto_station_seconds", "Time at each station of a step.", ["station"], buckets=_SECONDS, registry=r
         )
         # Looked up once: a label costs more than an observation.
+        self.step = {name: self.step_seconds.labels(name) for name in ("Step", "StepBatch", "StepStream")}
         self.station = {name: self.station_seconds.labels(name) for name in STATIONS}
         self._request_of: dict[tuple[str, str], Counter] = {}
 
@@ -115,7 +116,7 @@ class Metrics:
         self.device_memory = Gauge(
             "tenuto_device_memory_bytes", "Memory that torch holds on the GPU; without one, 0.", registry=r
         )
-        self._begun: dict[str, deque[int]] = {}
+        self._begun: dict[str, set[int]] = {}
         self._held: dict[str, set[str]] = {}
 
     def count_request(self, rpc: str, code: str) -> None:
@@ -133,16 +134,17 @@ class Metrics:
             self.sessions_ended.labels(policy, reason)
 
     def count_episodes(self, policy: str, version: int, count: int) -> None:
-        """Record episodes that began; keeps the number of version labels bounded."""
-        versions = self._begun.setdefault(policy, deque())
-        if version not in versions:
-            versions.append(version)
+        """Record episodes that began; of versions beyond the newest MAX_VERSION_LABELS as those of ``older``."""
+        kept = self._begun.setdefault(policy, set())
+        if version not in kept and (len(kept) < MAX_VERSION_LABELS or version > min(kept)):
+            kept.add(version)
             self.episode_return.labels(policy, str(version))
-            if len(versions) > MAX_VERSION_LABELS:
-                oldest = str(versions.popleft())
-                self.episodes.remove(policy, oldest)
-                self.episode_return.remove(policy, oldest)
-        self.episodes.labels(policy, str(version)).inc(count)
+            if len(kept) > MAX_VERSION_LABELS:
+                oldest = min(kept)
+                kept.remove(oldest)
+                self.episodes.remove(policy, str(oldest))
+                self.episode_return.remove(policy, str(oldest))
+        self.episodes.labels(policy, str(version) if version in kept else "older").inc(count)
 
     def observe_return(self, policy: str, version: int, episode_return: float) -> None:
         """Record a finished episode of a version that is still among the labels."""
@@ -167,12 +169,19 @@ class Metrics:
 
 
 class _Quiet(WSGIRequestHandler):
+    timeout = 10
+    """Seconds after which a connection that asks nothing is closed: each holds a thread."""
+
     def log_message(self, format: str, *args: Any) -> None:
         """A probe every few seconds is not news."""
 
 
 class _Threaded(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+
+class _ThreadedIPv6(_Threaded):
+    address_family = socket.AF_INET6
 
 
 class MetricsServer:
@@ -195,7 +204,7 @@ class MetricsServer:
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
             return [body.encode() + b"\n"]
 
-        self._server = make_server(host, port, app, _Threaded, _Quiet)
+        self._server = make_server(host, port, app, _ThreadedIPv6 if ":" in host else _Threaded, _Quiet)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 

@@ -211,29 +211,38 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
         A request holds its room until its answer is on the wire, so a client that does not read is not read from.
         """
-        answers: asyncio.Queue[pb.StepBatchResponse | None] = asyncio.Queue()
+        answers: asyncio.Queue[pb.StepBatchResponse | Exception | None] = asyncio.Queue()
         room = asyncio.Semaphore(MAX_STREAM_REQUESTS)
 
         async def answer(request: pb.StepBatchRequest) -> None:
             answers.put_nowait(await self._answer_in_stream(request))
 
         async def read() -> None:
+            end: Exception | None = None
             await room.acquire()
-            async for request in request_iterator:
-                task = asyncio.create_task(answer(request))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-                await room.acquire()
+            try:
+                async for request in request_iterator:
+                    task = asyncio.create_task(answer(request))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                    await room.acquire()
+            except Exception as error:  # noqa: BLE001 (a message that is none; whatever it was, the client must hear of it)
+                end = error
             while tasks:
                 await asyncio.wait(tasks)
-            answers.put_nowait(None)
+            answers.put_nowait(end)
 
         tasks: set[asyncio.Task[None]] = set()
         reader = asyncio.create_task(read())
         try:
             while (response := await answers.get()) is not None:
-                yield response
-                room.release()
+                if isinstance(response, Exception):
+                    self._metrics.count_request("StepStream", "INVALID_ARGUMENT")
+                    message = f"a message of the stream cannot be read: {type(response).__name__}"
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+                else:
+                    yield response
+                    room.release()
         finally:
             for task in (reader, *tasks):
                 task.cancel()
@@ -352,7 +361,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     def _observe_reply(self, rpc: str, began_s: float, replied_s: float) -> None:
         now_s = self._clock()
         self._metrics.station["reply"].observe(now_s - replied_s)
-        self._metrics.step_seconds.labels(rpc).observe(now_s - began_s)
+        self._metrics.step[rpc].observe(now_s - began_s)
 
 
 async def _checked(

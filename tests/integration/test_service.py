@@ -357,3 +357,17 @@ def test_http_face_answers_probes_and_prometheus(server: ServerProcess) -> None:
     for station in ("check", "admit", "submit", "gather", "run", "scatter", "reply"):
         assert server.metric(f'tenuto_station_seconds_count{{station="{station}"}}') > 0
     assert server.metric('tenuto_batch_invariant{policy="dnc"}') == 1
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_message_that_is_none_ends_its_stream_and_says_so(
+    server: ServerProcess, session: WireSession, before: int
+) -> None:
+    messages = [batch([session], observations(1)).SerializeToString()] * before + [b"\xff\xff\xff"]
+    call = server.channel.stream_stream("/tenuto.v1.PolicyService/StepStream")(iter(messages), timeout=20)
+    answers: list[bytes] = []
+    with pytest.raises(grpc.RpcError) as failure:
+        answers.extend(call)
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    described = server.stub.InspectSession(pb.InspectSessionRequest(session_id=session.id))
+    assert described.session.next_step_index == before

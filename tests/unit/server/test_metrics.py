@@ -9,7 +9,7 @@ from tenuto_server.metrics import MAX_VERSION_LABELS, Metrics
 
 def versions_of(metrics: Metrics, name: str) -> list[int]:
     samples = [s for family in metrics.registry.collect() for s in family.samples if s.name == name]
-    return sorted(int(s.labels["version"]) for s in samples)
+    return sorted(int(s.labels["version"]) for s in samples if s.labels["version"] != "older")
 
 
 def test_episodes_of_the_oldest_versions_leave() -> None:
@@ -21,6 +21,15 @@ def test_episodes_of_the_oldest_versions_leave() -> None:
     kept = list(range(last - MAX_VERSION_LABELS + 1, last + 1))
     assert versions_of(metrics, "tenuto_episodes_total") == kept
     assert versions_of(metrics, "tenuto_episode_return_count") == kept
+
+
+def test_an_episode_of_an_old_version_displaces_no_newer_one() -> None:
+    metrics = Metrics(torch.device("cpu"))
+    for version in [*range(1, MAX_VERSION_LABELS + 3), 1, 2]:
+        metrics.count_episodes("policy", version, 1)
+    assert versions_of(metrics, "tenuto_episodes_total") == list(range(3, MAX_VERSION_LABELS + 3))
+    older = {"policy": "policy", "version": "older"}
+    assert metrics.registry.get_sample_value("tenuto_episodes_total", older) == 2
 
 
 def test_sessions_are_told_for_the_versions_held_and_no_others() -> None:
