@@ -1,4 +1,4 @@
-"""The DNC on a CPU, over one step or a whole sequence, with its gradient written out: for training, where autograd's
+"""The DNC over a whole sequence on a CPU, with its gradient written out: for training, where autograd's
 bookkeeping of some hundred small operations per step costs more than the operations.
 
 Computes what ``DNCCore.step`` computes in plain torch; matrix products are oneDNN's or torch's, the rest are
@@ -52,7 +52,7 @@ class Scan(torch.autograd.Function):
         states = state.new_empty((steps + 1, rows, state.shape[1]))
         states[0] = state
         # features[t + 1] are those of step t; features[0] those before the first.
-        features = state.new_zeros((steps + 1, rows, hidden + read))
+        features = state.new_zeros((steps + 1, rows, sizes.features))
         features[0, :, :hidden], features[0, :, hidden:] = state[:, :hidden], state[:, 2 * hidden : 2 * hidden + read]
         kept = steps if keep else 1
         gates = state.new_empty((kept, rows, 4 * hidden))
