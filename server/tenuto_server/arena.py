@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenuto_models import StateSpec
+from tenuto_server.errors import CapacityError
 
 Slots = NDArray[np.int64]
 
@@ -28,18 +29,24 @@ class SlotPool:
         self.generation = np.zeros(capacity + 1, np.int64)
         self.leased = np.zeros(capacity + 1, np.bool_)
         # Last in, first out: the most recently used rows are the warmest.
-        self._free = list(range(capacity - 1, -1, -1))
+        self._free: list[int] = []
+        self._num_touched = 0
+        """Slots from this one on have never been leased."""
 
     @property
     def num_leased(self) -> int:
         """Slots in use."""
-        return self.capacity - len(self._free)
+        return self._num_touched - len(self._free)
 
     def lease(self) -> int | None:
         """Take a free slot; None when there is none."""
-        if not self._free:
+        if self._free:
+            slot = self._free.pop()
+        elif self._num_touched < self.capacity:
+            slot = self._num_touched
+            self._num_touched += 1
+        else:
             return None
-        slot = self._free.pop()
         self._turn(slot, leased=True)
         return slot
 
@@ -61,6 +68,8 @@ class SlotPool:
 class StateArena:
     """The state of all sessions of one policy. Tensors of one dtype are packed side by side in one matrix
     ``[C + 1, row]``, so that moving a batch's state is one gather and one scatter. Owned by the engine's thread.
+
+    Raises CapacityError where the device has no memory for it.
     """
 
     def __init__(self, spec: StateSpec, capacity: int, device: torch.device) -> None:
@@ -72,7 +81,13 @@ class StateArena:
             for tensor in (t for t in spec if t.dtype == dtype):
                 self._columns[tensor.name] = slice(width, width + tensor.num_elements)
                 width += tensor.num_elements
-            self._matrices[dtype] = torch.zeros((capacity + 1, width), dtype=dtype, device=device)
+            try:
+                self._matrices[dtype] = torch.zeros((capacity + 1, width), dtype=dtype, device=device)
+            except RuntimeError as error:
+                num_bytes = (capacity + 1) * width * dtype.itemsize
+                raise CapacityError(
+                    f"capacity: got {capacity}, whose state takes {num_bytes / 1e9:,.1f} GB of {device}, which has less"
+                ) from error
 
     @property
     def num_bytes(self) -> int:

@@ -164,8 +164,8 @@ class Batcher(Generic[R]):
     """Hands batches to the device, one at a time, and settles their tickets.
 
     ``start(batch, done)`` begins a batch without blocking and has ``done(result, error)`` called on the event loop when
-    it is over. ``commit(batch, result)`` records what was applied; ``abandon(ticket)`` records that a ticket's rows
-    were not. Every ticket is settled exactly once.
+    it is over. ``commit(batch, result)`` records what was applied; ``abandon(ticket, refusal)`` records that a ticket's
+    rows were not. Every ticket is settled exactly once.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Batcher(Generic[R]):
         clock: Callable[[], float],
         start: Callable[[Batch, Callable[[R | None, BaseException | None], None]], None],
         commit: Callable[[Batch, R], None],
-        abandon: Callable[[Ticket], None],
+        abandon: Callable[[Ticket, Refusal], None],
     ) -> None:
         self.queue = queue
         self._clock, self._start, self._commit, self._abandon = clock, start, commit, abandon
@@ -186,6 +186,12 @@ class Batcher(Generic[R]):
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
         return self._running is None and len(self.queue) == 0
+
+    @property
+    def running_s(self) -> float:
+        """Seconds since the batch under way was taken; without one, 0."""
+        running = self._running
+        return 0.0 if running is None else self._clock() - running.taken_s
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a ticket; it runs at once where the device is free and no company is awaited."""
@@ -265,7 +271,7 @@ class Batcher(Generic[R]):
 
     def _fail(self, ticket: Ticket, refusal: Refusal) -> None:
         try:
-            self._abandon(ticket)
+            self._abandon(ticket, refusal)
         except Exception:
             log.exception("a ticket could not be taken back")
         self._settle(ticket, refusal)

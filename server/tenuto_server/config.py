@@ -18,7 +18,9 @@ class ServerConfig:
     repository: Path
     """Folder of checkpoints: <repository>/<policy>/<version>/. Created if it does not exist."""
     host: str = "127.0.0.1"
-    """Address to listen on, for gRPC and metrics. Nothing authenticates a caller: mind what you bind to."""
+    """Address to listen on. Nothing authenticates a caller: mind what you bind to."""
+    metrics_host: str = ""
+    """Address of the metrics port; empty: that of host."""
     port: int = 50051
     """TCP port of the gRPC service; 0: any free one, which is logged."""
     metrics_port: int = 9464

@@ -2,6 +2,7 @@
 
 ServerError
 ├── ConfigurationError  a setting that the server cannot run with; ends the process before it serves
+├── CapacityError       memory for the sessions of a policy is not to be had
 └── Refusal             a request, or one row of it, that the server will not carry out; its text leaves the server
 
 Anything else that escapes is a fault of ours: it is logged with its traceback and leaves as INTERNAL without details.
@@ -48,6 +49,10 @@ class ServerError(Exception):
 
 class ConfigurationError(ServerError):
     """A setting that the server cannot run with."""
+
+
+class CapacityError(ServerError):
+    """The state of as many sessions as were asked for does not fit into memory."""
 
 
 class Refusal(ServerError):

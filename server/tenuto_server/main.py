@@ -36,6 +36,12 @@ SERVICE = pb.DESCRIPTOR.services_by_name["PolicyService"].full_name
 _SWEEP_S = 0.25
 _DRAIN_LOOK_S = 0.05
 _STOP_GRACE_S = 2.0
+_NOT_READY = {
+    "draining": "draining",
+    "loading": "loading",
+    "empty": "no policy is served yet",
+    "stalled": "the device has been busy with one batch for longer than queue_timeout_s",
+}
 
 
 class Server:
@@ -62,6 +68,7 @@ class Server:
             self.registry, self.stepper, self.engine, self.metrics, limits, epoch, time.monotonic
         )
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._shown = ""
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
@@ -103,6 +110,7 @@ class Server:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         await self._set_health(serving=False)
+        metrics_host = config.metrics_host or config.host
         host = f"[{config.host}]" if ":" in config.host else config.host
         try:
             _try_to_bind(config.host, config.port)
@@ -112,10 +120,10 @@ class Server:
             message = f"port: got {config.host}:{config.port}, which cannot be bound ({reason})"
             raise ConfigurationError(message) from error
         try:
-            self.metrics_server = MetricsServer(self.metrics, config.host, config.metrics_port, self.not_ready)
+            self.metrics_server = MetricsServer(self.metrics, metrics_host, config.metrics_port, self.not_ready)
         except OSError as error:
             raise ConfigurationError(
-                f"metrics_port: got {config.host}:{config.metrics_port}, which cannot be bound ({error.strerror})"
+                f"metrics_port: got {metrics_host}:{config.metrics_port}, which cannot be bound ({error.strerror})"
             ) from error
         _create(config.repository)
         await server.start()
@@ -125,15 +133,20 @@ class Server:
         )  # fmt: skip
         return server
 
-    def not_ready(self) -> str | None:
-        """Why steps would not be answered; None when they would."""
+    @property
+    def state(self) -> str:
+        """What the server does, one of metrics.STATES."""
         if self._stop.is_set():
             return "draining"
         if not self.reloader.has_scanned:
             return "loading"
         if len(self.registry) == 0:
-            return "no policy is served yet"
-        return None
+            return "empty"
+        return "stalled" if self.stepper.batcher.running_s > self.config.queue_timeout_s else "serving"
+
+    def not_ready(self) -> str | None:
+        """Why steps would not be answered; None when they would."""
+        return _NOT_READY.get(self.state)
 
     async def _sweep(self) -> None:
         """Regularly: expire idle sessions and late steps, drop unused versions, and say whether we are ready."""
@@ -141,6 +154,7 @@ class Server:
         while True:
             now_s = time.monotonic()
             self.metrics.loop_lag.observe(now_s - due_s)
+            self._show(self.state)
             await self._set_health(serving=self.not_ready() is None)
             for policy in self.registry:
                 for slot in policy.sessions.idle_slots(now_s, self.config.idle_timeout_s):
@@ -155,6 +169,15 @@ class Server:
             due_s = time.monotonic() + _SWEEP_S
             await asyncio.sleep(_SWEEP_S)
 
+    def _show(self, state: str) -> None:
+        if state != self._shown:
+            if state == "stalled":
+                log.error("%s, %g s", _NOT_READY[state], self.config.queue_timeout_s)
+            elif self._shown == "stalled":
+                log.warning("the device answers again")
+            self._shown = state
+        self.metrics.state.state(state)
+
     async def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", SERVICE):
@@ -163,6 +186,7 @@ class Server:
     async def _drain(self) -> None:
         """Refuse new sessions and episodes, and wait for the open ones until the timeout or a second signal."""
         self.stepper.draining = True
+        self._show("draining")
         await self._set_health(serving=False)
         deadline_s = time.monotonic() + self.config.drain_timeout_s
         begun = self._num_sessions()

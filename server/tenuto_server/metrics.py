@@ -19,20 +19,28 @@ import torch
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Enum,
     Gauge,
     GCCollector,
     Histogram,
     Info,
     ProcessCollector,
     Summary,
+    disable_created_metrics,
 )
 from prometheus_client.exposition import make_wsgi_app
+
+from tenuto_proto.v1 import policy_pb2 as pb
 
 _SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7.5e-3, 1e-2, 1.5e-2, 2.5e-2, 5e-2, 0.1,
             0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # fmt: skip
 _ROWS = tuple(float(2**i) for i in range(13))
 STATIONS = ("check", "admit", "submit", "gather", "run", "scatter", "reply")
 """Stations 2 to 8 of docs/request.md."""
+STATES = ("loading", "empty", "serving", "stalled", "draining")
+"""Only ``serving`` is ready. ``stalled``: the device has been busy with one batch for longer than a step may wait."""
+MEASURED_RETURNS = 50
+"""Returns of a version from which on it is compared with others."""
 MAX_VERSION_LABELS = 32
 """Versions per policy whose episodes are kept as label values; older ones leave /metrics."""
 
@@ -41,6 +49,8 @@ class Metrics:
     """The metrics of one server process, in a registry of its own."""
 
     def __init__(self, device: torch.device) -> None:
+        # Each counter would have a second row, the time of its first.
+        disable_created_metrics()
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         GCCollector(registry=r)
@@ -50,12 +60,22 @@ class Metrics:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         })  # fmt: skip
 
+        self.state = Enum(
+            "tenuto_state",
+            "1 for what the server does: loading, empty (no policy yet), serving, stalled (one batch does not end), "
+            "draining.",
+            states=STATES, registry=r,
+        )  # fmt: skip
+
         # Requests.
         self._requests = Counter(
             "tenuto_requests", "Requests by how they ended; each message of a StepStream is one.", ["rpc", "code"],
             registry=r,
         )  # fmt: skip
         self.refusals = Counter("tenuto_refusals", "Requests and rows refused.", ["reason"], registry=r)
+        # From the start at 0: Prometheus sees no increase in a row that appears with its first.
+        for reason in pb.ErrorReason.keys()[1:]:
+            self.refusals.labels(reason)
         self.step_seconds = Histogram(
             "tenuto_step_seconds", "From a request's arrival to its reply.", ["rpc"], buckets=_SECONDS, registry=r
         )
@@ -69,6 +89,10 @@ class Metrics:
 
         # Steps and the engine.
         self.steps = Counter("tenuto_steps", "Session steps applied.", ["policy"], registry=r)
+        self._failed_steps = Counter(
+            "tenuto_failed_steps", "Steps that gave no finite result and were not applied; of the versions held.",
+            ["policy", "version"], registry=r,
+        )  # fmt: skip
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", buckets=_ROWS, registry=r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once.", registry=r)
@@ -97,9 +121,21 @@ class Metrics:
             "Returns of finished episodes whose rewards the clients sent, by the version that began them.",
             ["policy", "version"], registry=r,
         )  # fmt: skip
+        self._return_squares = Counter(
+            "tenuto_episode_return_squares", "Sum of the squares of these returns; with their mean it tells the spread.",
+            ["policy", "version"], registry=r,
+        )  # fmt: skip
 
         # Versions.
         self.newest_version = Gauge("tenuto_newest_version", "Version of new episodes.", ["policy"], registry=r)
+        self.newest_published = Gauge(
+            "tenuto_newest_version_published_timestamp_seconds", "When the files of the newest version were written.",
+            ["policy"], registry=r,
+        )  # fmt: skip
+        self._newest_measured = Gauge(
+            "tenuto_newest_measured_version", f"Newest version with {MEASURED_RETURNS} returns.", ["policy"],
+            registry=r,
+        )  # fmt: skip
         self._version_sessions = Gauge(
             "tenuto_version_sessions", "Sessions in an episode of this version; one row for each version held.",
             ["policy", "version"], registry=r,
@@ -116,7 +152,8 @@ class Metrics:
         self.device_memory = Gauge(
             "tenuto_device_memory_bytes", "Memory that torch holds on the GPU; without one, 0.", registry=r
         )
-        self._begun: dict[str, set[int]] = {}
+        self._returns_of: dict[str, dict[int, int]] = {}
+        """Returns so far, of the versions that are labels of episodes."""
         self._held: dict[str, set[str]] = {}
 
     def count_request(self, rpc: str, code: str) -> None:
@@ -127,7 +164,7 @@ class Metrics:
         counter.inc()
 
     def begin_policy(self, policy: str) -> None:
-        """Begin the counters of rare events at 0: Prometheus sees no increase in a row that appears with its first."""
+        """Begin the counters of a policy's rare events at 0."""
         for reason in ("broken", "mismatch", "failed"):
             self.versions_refused.labels(policy, reason)
         for reason in ("closed", "expired"):
@@ -135,21 +172,36 @@ class Metrics:
 
     def count_episodes(self, policy: str, version: int, count: int) -> None:
         """Record episodes that began; of versions beyond the newest MAX_VERSION_LABELS as those of ``older``."""
-        kept = self._begun.setdefault(policy, set())
+        kept = self._returns_of.setdefault(policy, {})
         if version not in kept and (len(kept) < MAX_VERSION_LABELS or version > min(kept)):
-            kept.add(version)
+            kept[version] = 0
             self.episode_return.labels(policy, str(version))
+            self._return_squares.labels(policy, str(version))
             if len(kept) > MAX_VERSION_LABELS:
                 oldest = min(kept)
-                kept.remove(oldest)
-                self.episodes.remove(policy, str(oldest))
-                self.episode_return.remove(policy, str(oldest))
+                del kept[oldest]
+                for metric in (self.episodes, self.episode_return, self._return_squares):
+                    metric.remove(policy, str(oldest))
         self.episodes.labels(policy, str(version) if version in kept else "older").inc(count)
 
-    def observe_return(self, policy: str, version: int, episode_return: float) -> None:
-        """Record a finished episode of a version that is still among the labels."""
-        if version in self._begun.get(policy, ()):
-            self.episode_return.labels(policy, str(version)).observe(episode_return)
+    def observe_returns(self, policy: str, finished: Iterable[tuple[int, float]]) -> None:
+        """Record finished episodes, each as (version, return), of versions that are still among the labels."""
+        for version, episode_return in finished:
+            self._observe_return(policy, version, episode_return)
+
+    def _observe_return(self, policy: str, version: int, episode_return: float) -> None:
+        returns = self._returns_of.get(policy, {})
+        if version not in returns:
+            return
+        self.episode_return.labels(policy, str(version)).observe(episode_return)
+        self._return_squares.labels(policy, str(version)).inc(episode_return**2)
+        returns[version] += 1
+        if version == max((v for v, count in returns.items() if count >= MEASURED_RETURNS), default=None):
+            self._newest_measured.labels(policy).set(version)
+
+    def count_failed_steps(self, policy: str, version: int, count: int) -> None:
+        """Record steps that were refused with COMPUTE_FAILED."""
+        self._failed_steps.labels(policy, str(version)).inc(count)
 
     def observe_sessions(self, policy: str, by_state: Mapping[str, int], by_version: Mapping[int, int]) -> None:
         """Set the gauges of a policy's slots and of the versions that it holds."""
@@ -158,9 +210,11 @@ class Metrics:
         held = {str(version): count for version, count in by_version.items()}
         for version in self._held.get(policy, set()) - held.keys():
             self._version_sessions.remove(policy, version)
+            self._failed_steps.remove(policy, version)
         self._held[policy] = set(held)
         for version, count in held.items():
             self._version_sessions.labels(policy, version).set(count)
+            self._failed_steps.labels(policy, version)
 
     def observe_device(self) -> None:
         """Set the gauge of the device's memory."""

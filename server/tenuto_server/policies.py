@@ -26,7 +26,7 @@ class MismatchError(Exception):
 
 
 class ServedPolicy:
-    """One policy: everything that all its versions share."""
+    """One policy: everything that all its versions share. Raises CapacityError where memory is short."""
 
     def __init__(self, first: Checkpoint, engine: Engine, capacity: int, server_epoch: int) -> None:
         policy = first.policy
@@ -36,8 +36,8 @@ class ServedPolicy:
         self.wire_observation_space = space_to_wire(policy.observation_space)
         self.wire_action_space = space_to_wire(policy.action_space)
         self.codec = ObservationCodec(self.wire_observation_space)
-        self.sessions = SessionTable(capacity, server_epoch)
         self.arena = StateArena(policy.state_spec, capacity, engine.device)
+        self.sessions = SessionTable(capacity, server_epoch)
         action_shape: Any = policy.action_space.shape
         self.replies = ReplyStore(
             capacity, tuple(action_shape), np.dtype(policy.action_space.dtype), policy.distribution.num_logits

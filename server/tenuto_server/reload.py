@@ -19,6 +19,7 @@ from watchfiles import awatch
 from tenuto_models import Checkpoint, CheckpointError, checkpoint
 from tenuto_proto import WireError
 from tenuto_server.engine import Engine, ServedVersion
+from tenuto_server.errors import CapacityError
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import MismatchError, PolicyRegistry, ServedPolicy
 
@@ -36,6 +37,8 @@ class Reloader:
         self._capacity, self._epoch = capacity, epoch
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
+        self._too_large: dict[str, int] = {}
+        """Policies for whose sessions there is no memory: the newest version for which that was found out."""
 
     async def watch(self, poll_s: float, stop: asyncio.Event) -> None:
         """Scan now, at every change of the repository and every ``poll_s`` seconds, until ``stop``."""
@@ -68,21 +71,33 @@ class Reloader:
         present: dict[str, list[int]] = {}
         for name in await asyncio.to_thread(checkpoint.policies, self._repository):
             policy = self._registry.get(name)
-            current = policy.newest.version if policy else 0
+            current = policy.newest.version if policy else self._too_large.get(name, 0)
             present[name] = await asyncio.to_thread(checkpoint.versions, self._repository / name)
             for version in sorted((v for v in present[name] if v > current), reverse=True):
-                if await self._load(name, version):
+                try:
+                    if await self._load(name, version):
+                        break
+                except CapacityError as error:
+                    # Nor would the older ones: their state is as large.
+                    log.error("cannot serve policy %s: %s", name, error)
+                    self._metrics.versions_refused.labels(name, "failed").inc()
+                    self._registry.refused.add(name, version, None, str(error))
+                    self._too_large[name] = version
                     break
         self._registry.refused.keep_only(present)
 
     async def _load(self, name: str, version: int) -> bool:
-        """Bring one version into service; False where it was refused, now or before in the same form."""
+        """Bring one version into service; False where it was refused, now or before in the same form.
+
+        Raises CapacityError where the sessions of a new policy do not fit into memory.
+        """
         folder = self._repository / name / str(version)
         form, refused = await asyncio.to_thread(_form, folder), self._registry.refused
         if refused.holds(name, version, form):
             return False
         try:
             loaded = await asyncio.to_thread(_read, folder)
+            published_s = folder.stat().st_mtime
             policy = self._registry.get(name)
             first = policy is None
             if policy is None:
@@ -99,6 +114,8 @@ class Reloader:
             self._metrics.versions_refused.labels(name, reason).inc()
             log.warning("refused version %d of policy %s: %s", version, name, error)
             return False
+        except CapacityError:
+            raise
         except Exception:
             refused.add(name, version, form, "it could not be loaded; the server's log says why")
             self._metrics.versions_refused.labels(name, "failed").inc()
@@ -113,6 +130,7 @@ class Reloader:
             self._metrics.arena_bytes.labels(name).set(policy.arena.num_bytes)
         policy.drop_unused_versions()
         self._metrics.newest_version.labels(name).set(version)
+        self._metrics.newest_published.labels(name).set(published_s)
         self._metrics.versions_loaded.labels(name).inc()
         training = loaded.training
         log.info(

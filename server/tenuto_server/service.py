@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from tenuto_server.errors import Refusal
 from tenuto_server.interceptor import as_refusal
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
-from tenuto_server.sessions import SessionOptions
+from tenuto_server.sessions import Ended, SessionOptions
 from tenuto_server.stepper import StepColumns, Stepper
 
 log = logging.getLogger(__name__)
@@ -92,18 +91,17 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         if ended is None or ended.reason != pb.SESSION_CLOSED:
             slot = sessions.find(request.session_id)
             under_way: Ticket | None = sessions.ticket[slot]
-            if request.HasField("reward") and math.isfinite(request.reward):
-                for version, episode_return in sessions.credit_last(slot, request.reward):
-                    self._metrics.observe_return(policy.name, version, episode_return)
-            ended = self.end_session(policy, slot, pb.SESSION_CLOSED)
+            reward = request.reward if request.HasField("reward") else np.nan
+            ended = self.end_session(policy, slot, pb.SESSION_CLOSED, reward)
             if under_way is not None:
                 await under_way.join()
                 ended = sessions.ended(request.session_id) or ended
         return pb.CloseSessionResponse(num_steps=ended.num_steps, num_episodes=ended.num_episodes)
 
-    def end_session(self, policy: ServedPolicy, slot: int, reason: int) -> Any:
+    def end_session(self, policy: ServedPolicy, slot: int, reason: int, last_reward: float = np.nan) -> Ended:
         """End a session and count why; the only place where sessions end."""
-        ended = policy.sessions.end(slot, reason)
+        ended, finished = policy.sessions.end(slot, reason, last_reward)
+        self._metrics.observe_returns(policy.name, finished)
         label = pb.ErrorReason.Name(reason).removeprefix("SESSION_").lower()
         self._metrics.sessions_ended.labels(policy.name, label).inc()
         return ended

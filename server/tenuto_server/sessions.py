@@ -86,6 +86,7 @@ class SessionTable:
         self.num_episodes = np.zeros(rows, np.int64)
         self.episode_return = np.zeros(rows, np.float64)
         self.has_reward = np.zeros(rows, np.bool_)
+        self.last_reward = np.full(rows, np.nan, np.float32)
         self.ticket = np.empty(rows, object)
 
     def __len__(self) -> int:
@@ -162,15 +163,19 @@ class SessionTable:
         """What is remembered of an ended session."""
         return self._ended.get(session_id)
 
-    def end(self, slot: int, reason: int) -> Ended:
-        """End a session. Its slot is free at once, or, while a step of it is under way, after that step."""
+    def end(self, slot: int, reason: int, last_reward: float = np.nan) -> tuple[Ended, list[tuple[int, float]]]:
+        """End a session. Its slot is free at once, or, while a step of it is under way, after that step.
+
+        ``last_reward`` belongs to the session's last action; NaN is not known. Returns how it ended and, as
+        :meth:`commit` does, the episode that this finished; after a step under way :meth:`commit` returns it.
+        """
         del self._slots[int(self.session_id[slot])]
         ended = self._remember(slot, reason)
+        self.last_reward[slot] = last_reward
         if self.busy[slot]:
             self.closing[slot] = True
-        else:
-            self.pool.release(slot)
-        return ended
+            return ended, []
+        return ended, self._free(np.array([slot]))
 
     def idle_slots(self, now_s: float, idle_timeout_s: float) -> list[int]:
         """Slots of the sessions without a step for longer than the timeout. A busy session is never idle."""
@@ -270,18 +275,15 @@ class SessionTable:
         self.num_episodes[slots] += episode_starts
         self.next_index[slots] += np.uint64(1)
         self.version[slots] = self.next_version[slots]
-        self._settle(slots, now_s)
-        return finished
+        return finished + self._settle(slots, now_s)
 
-    def release(self, slots: Slots, now_s: float) -> None:
-        """Record that the slots' steps were not applied: the sessions are where they were, and no longer busy."""
+    def release(self, slots: Slots, now_s: float) -> list[tuple[int, float]]:
+        """Record that the slots' steps were not applied: the sessions are where they were, and no longer busy.
+
+        Returns the episodes that end with sessions that were closed meanwhile, as :meth:`commit` does.
+        """
         self.next_version[slots] = self.version[slots]
-        self._settle(slots, now_s)
-
-    def credit_last(self, slot: int, reward: float) -> list[tuple[int, float]]:
-        """Add the reward of a session's last action and finish its episode; as the result of :meth:`commit`."""
-        rewards = np.array([reward], np.float32)
-        return self._credit(np.array([slot]), np.ones(1, np.bool_), rewards)
+        return self._settle(slots, now_s)
 
     def _credit(
         self, slots: Slots, episode_starts: NDArray[np.bool_], rewards: NDArray[np.float32]
@@ -296,15 +298,26 @@ class SessionTable:
         self.has_reward[begun] = False
         return finished
 
-    def _settle(self, slots: Slots, now_s: float) -> None:
+    def _settle(self, slots: Slots, now_s: float) -> list[tuple[int, float]]:
         assert self.busy[slots].all(), "a step was settled twice"
         self.busy[slots] = False
         self.ticket[slots] = None
         self.last_active_s[slots] = now_s
-        for slot in slots[self.closing[slots]].tolist():
-            self.closing[slot] = False
+        closing = slots[self.closing[slots]]
+        if not len(closing):
+            return []
+        self.closing[closing] = False
+        for slot in closing.tolist():
             self._remember(slot, pb.SESSION_CLOSED)
+        return self._free(closing)
+
+    def _free(self, slots: Slots) -> list[tuple[int, float]]:
+        """Give the slots of ended sessions back; an episode whose last reward is known is finished."""
+        last = slots[np.isfinite(self.last_reward[slots])]
+        finished = self._credit(last, np.ones(len(last), np.bool_), self.last_reward[last])
+        for slot in slots.tolist():
             self.pool.release(slot)
+        return finished
 
     def _remember(self, slot: int, reason: int) -> Ended:
         """Note how a session ended, with its counts as they are now."""

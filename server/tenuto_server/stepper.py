@@ -6,6 +6,7 @@ Legend: n rows of one request.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -21,6 +22,8 @@ from tenuto_server.errors import Refusal
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.sessions import Admission
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,10 @@ class Stepper:
         replies.compute_us[slots] = sum(results.station_s.values()) * 1e6
         replies.batch_size[slots] = batch.num_rows
 
-        for version, episode_return in policy.sessions.commit(
-            slots, rows.episode_starts[good], rows.rewards[good], now_s
-        ):
-            self._metrics.observe_return(policy.name, version, episode_return)
+        finished = policy.sessions.commit(slots, rows.episode_starts[good], rows.rewards[good], now_s)
+        self._metrics.observe_returns(policy.name, finished)
         if not good.all():
-            self._refuse_rows(policy, batch, rows.slots, np.flatnonzero(~good), now_s)
+            self._refuse_rows(policy, checkpoint.version, batch, rows.slots, np.flatnonzero(~good))
         self._metrics.steps.labels(policy.name).inc(len(slots))
         if begun := int(rows.episode_starts[good].sum()):
             self._metrics.count_episodes(policy.name, checkpoint.version, begun)
@@ -164,18 +165,27 @@ class Stepper:
             self._metrics.station[station].observe(seconds)
 
     def _refuse_rows(
-        self, policy: ServedPolicy, batch: Batch, slots: Slots, bad: NDArray[np.int64], now_s: float
+        self, policy: ServedPolicy, version: int, batch: Batch, slots: Slots, bad: NDArray[np.int64]
     ) -> None:
-        policy.sessions.release(slots[bad], now_s)
+        self._release(policy, slots[bad])
+        self._metrics.count_failed_steps(policy.name, version, len(bad))
+        log.error(
+            "version %d of policy %s: %d of %d steps gave no finite result", version, policy.name, len(bad), len(slots)
+        )
         firsts = np.cumsum([0] + [t.num_rows for t in batch.tickets])
         for row in bad.tolist():
             number = int(np.searchsorted(firsts, row, side="right")) - 1
             message = "the policy's output is not finite; the step was not applied"
             batch.tickets[number].refused[row - int(firsts[number])] = Refusal(pb.COMPUTE_FAILED, message)
 
-    def _abandon(self, ticket: Ticket) -> None:
-        policy = self._policy_of(cast("ServedVersion", ticket.checkpoint))
-        policy.sessions.release(cast("StepRows", ticket.rows).slots, self._clock())
+    def _abandon(self, ticket: Ticket, refusal: Refusal) -> None:
+        checkpoint = cast("ServedVersion", ticket.checkpoint)
+        self._release(self._policy_of(checkpoint), cast("StepRows", ticket.rows).slots)
+        if refusal.reason == pb.COMPUTE_FAILED:
+            self._metrics.count_failed_steps(checkpoint.policy_name, checkpoint.version, ticket.num_rows)
+
+    def _release(self, policy: ServedPolicy, slots: Slots) -> None:
+        self._metrics.observe_returns(policy.name, policy.sessions.release(slots, self._clock()))
 
     def _policy_of(self, checkpoint: ServedVersion) -> ServedPolicy:
         policy = self._registry.get(checkpoint.policy_name)

@@ -27,7 +27,7 @@ class Device:
         self._done: Callable[[Any, Any], None] | None = None
         queue = BatchQueue(max_batch, max_wait_s, max_rows)
         self.batcher: Batcher[str] = Batcher(
-            queue, lambda: self.now_s, self._start, self._commit, self.abandoned.append
+            queue, lambda: self.now_s, self._start, self._commit, lambda ticket, _: self.abandoned.append(ticket)
         )
 
     def _start(self, batch: Batch, done: Callable[[Any, Any], None]) -> None:

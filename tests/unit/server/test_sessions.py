@@ -132,6 +132,28 @@ def test_rewards_belong_to_the_episode_of_the_action_before(table: SessionTable)
     assert finished == [(1, 3.0)], "the second episode's rewards were never sent, so it has no return"
 
 
+def test_a_session_that_ends_finishes_its_episode_only_with_the_last_reward(table: SessionTable) -> None:
+    for session, last_reward, expected in ((7, 2.0, [(1, 3.5)]), (8, np.nan, []), (9, np.inf, [])):
+        slot = table.open(session, OPTIONS, 0.0)
+        commit(table, admit(table, [session], [0]))
+        commit(table, admit(table, [session], [1]), reward=1.5)
+        assert table.end(slot, pb.SESSION_CLOSED, last_reward)[1] == expected
+
+
+def test_a_close_under_a_running_step_adds_the_last_reward_after_that_steps(table: SessionTable) -> None:
+    slot = table.open(7, OPTIONS, 0.0)
+    commit(table, admit(table, [7], [0]))
+    applied = admit(table, [7], [1])
+    assert table.end(slot, pb.SESSION_CLOSED, 2.0)[1] == []
+    assert commit(table, applied, reward=1.5) == [(1, 3.5)]
+
+    slot = table.open(8, OPTIONS, 0.0)
+    commit(table, admit(table, [8], [0]))
+    not_applied = admit(table, [8], [1])
+    table.end(slot, pb.SESSION_CLOSED, 2.0)
+    assert table.release(not_applied.slots, 0.0) == [(1, 2.0)]
+
+
 @pytest.mark.parametrize("reward", [np.inf, -np.inf, np.nan])
 def test_a_reward_that_is_not_finite_is_not_known(table: SessionTable, reward: float) -> None:
     table.open(7, OPTIONS, 0.0)
@@ -237,7 +259,7 @@ class SessionTableMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         session = data.draw(st.sampled_from(sorted(self.expected)))
-        ended = self.table.end(self.table.find(session), pb.SESSION_CLOSED)
+        ended, _ = self.table.end(self.table.find(session), pb.SESSION_CLOSED)
         assert ended.num_steps == self.expected.pop(session)
         if session in {s for s, _ in self.running}:
             self.closing.add(session)
