@@ -45,7 +45,8 @@ WORKDIR /tmp
 
 FROM runtime AS server
 COPY --from=wheel /dist /opt/tenuto/
-COPY deploy/image/health.py deploy/image/warm.py /opt/tenuto/
+# Whatever modes they have in the clone: the user below runs the health check.
+COPY --chmod=0644 deploy/image/health.py deploy/image/warm.py /opt/tenuto/
 RUN pip --python /opt/venv/bin/python3 install --no-cache-dir --no-deps --no-index /opt/tenuto/*.whl \
     && NUMBA_CACHE_DIR=/opt/tenuto/numba python3 /opt/tenuto/warm.py \
     && rm -rf /tmp/*

@@ -71,11 +71,35 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0)
     return value
 
 
-class ServerProcess:
-    """``tenuto-serve`` on free ports. Its log is kept in ``log``."""
+def hanging_while_exists(file: Path) -> str:
+    """A ``fault`` for ServerProcess: its device hangs in the forward pass while the file exists."""
+    return f"""
+import pathlib, time, tenuto_models
+def step(self, *arguments, unharmed=tenuto_models.Policy.step):
+    while pathlib.Path({str(file)!r}).exists():
+        time.sleep(0.02)
+    return unharmed(self, *arguments)
+tenuto_models.Policy.step = step
+"""
 
-    def __init__(self, repository: Path, *flags: str, wait: bool = True, python: str | Path = sys.executable) -> None:
-        command = [str(python), "-m", "tenuto_server.main", "--repository", str(repository)]
+
+class ServerProcess:
+    """``tenuto-serve`` on free ports. Its log is kept in ``log``. ``fault`` is Python that runs before it."""
+
+    def __init__(
+        self,
+        repository: Path,
+        *flags: str,
+        wait: bool = True,
+        python: str | Path = sys.executable,
+        fault: str | None = None,
+    ) -> None:
+        run = (
+            ["-m", "tenuto_server.main"]
+            if fault is None
+            else ["-c", f"{fault}\nfrom tenuto_server.main import main\nmain()"]
+        )
+        command = [str(python), *run, "--repository", str(repository)]
         command += ["--port", "0", "--metrics-port", "0", "--poll-s", "0.5", "--drain-timeout-s", "5", *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.log: list[str] = []

@@ -84,10 +84,9 @@ class StateArena:
             try:
                 self._matrices[dtype] = torch.zeros((capacity + 1, width), dtype=dtype, device=device)
             except RuntimeError as error:
-                num_bytes = (capacity + 1) * width * dtype.itemsize
-                raise CapacityError(
-                    f"capacity: got {capacity}, whose state takes {num_bytes / 1e9:,.1f} GB of {device}, which has less"
-                ) from error
+                gigabytes = (capacity + 1) * width * dtype.itemsize / 1e9
+                message = f"capacity: got {capacity}, whose state takes {gigabytes:,.1f} GB on {device}, which has less"
+                raise CapacityError(message) from error
 
     @property
     def num_bytes(self) -> int:

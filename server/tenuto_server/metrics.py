@@ -122,7 +122,7 @@ class Metrics:
             ["policy", "version"], registry=r,
         )  # fmt: skip
         self._return_squares = Counter(
-            "tenuto_episode_return_squares", "Sum of the squares of these returns; with their mean it tells the spread.",
+            "tenuto_episode_return_squares", "Sum of the squares of these returns; with the mean it tells the spread.",
             ["policy", "version"], registry=r,
         )  # fmt: skip
 
@@ -164,11 +164,13 @@ class Metrics:
         counter.inc()
 
     def begin_policy(self, policy: str) -> None:
-        """Begin the counters of a policy's rare events at 0."""
+        """Begin a policy's counters at 0."""
         for reason in ("broken", "mismatch", "failed"):
             self.versions_refused.labels(policy, reason)
         for reason in ("closed", "expired"):
             self.sessions_ended.labels(policy, reason)
+        self.sessions_opened.labels(policy)
+        self.steps.labels(policy)
 
     def count_episodes(self, policy: str, version: int, count: int) -> None:
         """Record episodes that began; of versions beyond the newest MAX_VERSION_LABELS as those of ``older``."""

@@ -24,6 +24,7 @@ from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.sessions import Admission
 
 log = logging.getLogger(__name__)
+_FAILURES_LOGGED_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Stepper:
         self._engine, self._registry, self._metrics, self._clock = engine, registry, metrics, clock
         self.batcher: Batcher[StepResults] = Batcher(queue, clock, self._start, self._commit, self._abandon)
         self.draining = False
+        self._log_failures_s = 0.0
+        """Not before."""
 
     async def advance(
         self, policy: ServedPolicy, columns: StepColumns, timeout_s: float
@@ -169,9 +172,10 @@ class Stepper:
     ) -> None:
         self._release(policy, slots[bad])
         self._metrics.count_failed_steps(policy.name, version, len(bad))
-        log.error(
-            "version %d of policy %s: %d of %d steps gave no finite result", version, policy.name, len(bad), len(slots)
-        )
+        if self._clock() >= self._log_failures_s:
+            self._log_failures_s = self._clock() + _FAILURES_LOGGED_EVERY_S
+            share = f"{len(bad)} of {len(slots)} steps of a batch"
+            log.error("version %d of policy %s: %s gave no finite result", version, policy.name, share)
         firsts = np.cumsum([0] + [t.num_rows for t in batch.tickets])
         for row in bad.tolist():
             number = int(np.searchsorted(firsts, row, side="right")) - 1

@@ -18,7 +18,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gymnasium import spaces
 
-from serving import ServerProcess, edit_manifest, publish, small_policy, wait_until
+from serving import ServerProcess, edit_manifest, hanging_while_exists, publish, small_policy, wait_until
 from tenuto_models import TrainingProgress, checkpoint
 from tenuto_proto import array_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
@@ -481,3 +481,37 @@ def test_metrics_tell_how_requests_ended_and_where_sessions_are(own_server: Serv
     assert own_server.metric("tenuto_event_loop_lag_seconds_count") > 0
     assert own_server.metric('tenuto_build_info{device="cpu"}') == 1
     assert own_server.metric("process_resident_memory_bytes") > 1e7
+
+
+def test_a_device_that_hangs_makes_the_server_not_ready_until_it_answers(repository: Path, tmp_path: Path) -> None:
+    hang = tmp_path / "hang"
+    with ServerProcess(repository, "--queue-timeout-s", "0.3", fault=hanging_while_exists(hang)) as server:
+        first, second = session(server), session(server)
+        hang.touch()
+        hanging = server.stub.Step.future(first.request(observations(1)[0]))
+        wait_until(lambda: server.http("/readyz")[0] == 503, "the device to be found hanging")
+        assert "busy with one batch" in server.http("/readyz")[1]
+        wait_until(lambda: health(server) == NOT_SERVING, "gRPC health to say so too")
+        assert refused(server.stub.Step, second.request(observations(1)[0]))[1] == "QUEUE_TIMEOUT"
+        hang.unlink()
+        assert hanging.result().step_index == 0
+        wait_until(lambda: server.http("/readyz")[0] == 200, "readiness")
+        assert second.step(observations(1)[0]).step_index == 0, "the refused step was not applied"
+        wait_until(lambda: any("the device answers again" in line for line in server.log), "the log to say so")
+
+
+def test_a_capacity_beyond_memory_is_one_line_and_the_process_waits_for_another_policy(repository: Path) -> None:
+    publish(repository, small_policy())
+    with ServerProcess(repository, "--capacity", "1000000000000", wait=False) as server:
+        wait_until(lambda: server.http("/readyz") == (503, "no policy is served yet\n"), "the first look")
+        wait_until(lambda: server.metric('tenuto_versions_refused_total{reason="failed"}') == 1, "the refusal")
+        told = [line for line in server.log if "capacity: got" in line]
+        assert len(told) == 1 and "which has less" in told[0]
+        assert not any("Traceback" in line for line in server.log)
+        reason = refused(server.stub.OpenSession, pb.OpenSessionRequest(policy_name="policy"))
+        assert reason[1] == "POLICY_UNKNOWN" and "capacity" in reason[2]["refused_message"]
+
+
+def test_the_metrics_port_has_an_address_of_its_own(repository: Path) -> None:
+    with ServerProcess(repository, "--metrics-host", "127.0.0.2", wait=False) as server, pytest.raises(OSError):
+        server.http("/healthz")

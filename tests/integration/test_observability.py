@@ -1,9 +1,9 @@
 """The dashboard and the alerts of deploy/ against a real Prometheus that scrapes a real server.
 
 One server is put through everything that an operator might see: no policy, load, a full queue, slots that run out,
-sessions that expire, wrong steps, versions that are broken, do not fit, compute NaN or return less, and a process that
-stands still for a moment. Meanwhile Prometheus evaluates alerts.yml as it is, except that waiting times and ranges are
-seconds instead of minutes. What must hold then:
+sessions that expire, wrong steps, versions that are broken, do not fit, compute NaN or return less, a device that hangs
+and a process that stands still for a moment. Meanwhile Prometheus evaluates alerts.yml as it is, except that waiting
+times and ranges are seconds instead of minutes. What must hold then:
 
 - every alert has fired, so none can hide a wrong name, label or join behind a result that is empty in health;
 - every expression of the dashboard gives a number, and every label that its legend names;
@@ -35,7 +35,7 @@ import pytest
 import torch
 import yaml
 
-from serving import ServerProcess, publish, small_policy, wait_until
+from serving import ServerProcess, hanging_while_exists, publish, small_policy, wait_until
 from tenuto_models import Policy
 from tenuto_proto.v1 import policy_pb2 as pb
 from wire import WireSession, batch, observations
@@ -45,7 +45,7 @@ PROMETHEUS, DASHBOARD = DEPLOY / "prometheus", DEPLOY / "grafana" / "tenuto.json
 RULES = [rule for group in yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 # Seconds for what is minutes and hours in operation. The load comes round every two seconds.
-RANGE, OFFSET = "15s", "5s"
+RANGE, OFFSET_S = "15s", "5"
 
 pytestmark = [
     pytest.mark.timeout(300),  # Half a minute; more where others use the cores.
@@ -67,7 +67,8 @@ def promtool(*arguments: str, text: str | None = None) -> str:
 
 def hastened(expression: str) -> str:
     """The same expression over seconds."""
-    return re.sub(r"offset \d+[smhd]", f"offset {OFFSET}", re.sub(r"\[\d+[smhd]\]", f"[{RANGE}]", expression))
+    expression = expression.replace("6 * 3600", OFFSET_S)
+    return re.sub(r"offset \d+[smhd]", f"offset {OFFSET_S}s", re.sub(r"\[\d+[smhd]\]", f"[{RANGE}]", expression))
 
 
 def dashboard_queries() -> list[tuple[str, str, str]]:
@@ -83,7 +84,7 @@ def dashboard_queries() -> list[tuple[str, str, str]]:
 
 def selectors(expression: str) -> list[str]:
     """The metrics that an expression reads, each with its matchers."""
-    name = r"\b(?:tenuto_\w+|process_\w+|policy_version:\w+:\w+|up|ALERTS)\b"
+    name = r"\b(?:policy(?:_version)?:\w+:\w+|tenuto_\w+|process_\w+|up|ALERTS)\b"
     return re.findall(rf"{name}(?:\{{[^}}]*\}})?", expression)
 
 
@@ -163,7 +164,7 @@ class Prometheus:
 ROWS, CAPACITY = 8, 24
 # A request of 8 rows runs at once; one of fewer waits 0.7 s for company: a slow step, and a queue that is nearly full.
 FLAGS = ("--capacity", str(CAPACITY), "--max-batch", str(ROWS), "--max-queued", str(ROWS),
-         "--max-wait-ms", "700", "--idle-timeout-s", "5")  # fmt: skip
+         "--max-wait-ms", "700", "--idle-timeout-s", "5", "--queue-timeout-s", "2")  # fmt: skip
 
 
 class Load:
@@ -249,7 +250,9 @@ class Scene:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.repository = folder / "repository"
-        self.server = stack.enter_context(ServerProcess(self.repository, *FLAGS, wait=False))
+        hang = folder / "hang"
+        fault = hanging_while_exists(hang)
+        self.server = stack.enter_context(ServerProcess(self.repository, *FLAGS, wait=False, fault=fault))
         # A port that is taken and that nobody listens on.
         silent = stack.enter_context(socket.socket())
         silent.bind(("127.0.0.1", 0))
@@ -278,7 +281,30 @@ class Scene:
             time.sleep(0.5)
             self.server.process.send_signal(signal.SIGCONT)
             time.sleep(0.5)
+        self._hang(hang)
         self._await_alerts(*ALERTS)
+
+    def _hang(self, hang: Path) -> None:
+        """Let the device hang until the alert fires, and others' steps wait for it in vain."""
+        waiting = [wait_until(self._open, "a slot") for _ in range(2)]
+        hang.touch()
+        try:
+            wait_until(lambda: self.server.metric('tenuto_state{tenuto_state="stalled"}'), "the device to hang")
+            for _ in range(3):
+                response = self.server.stub.StepBatch(batch(waiting, observations(len(waiting))))
+                assert {error.error.reason for error in response.errors} == {pb.QUEUE_TIMEOUT}
+            self._await_alerts("TenutoStalled", "TenutoStepsTurnedAway")
+        finally:
+            hang.unlink()
+        for session in waiting:
+            self.server.stub.CloseSession(pb.CloseSessionRequest(session_id=session.id))
+
+    def _open(self) -> WireSession | None:
+        """None while the load holds all slots."""
+        try:
+            return WireSession(self.server, "policy")
+        except grpc.RpcError:
+            return None
 
     def _await_metric(self, selector: str, value: float) -> None:
         wait_until(lambda: self.server.metric(selector) >= value, f"{selector} >= {value}", 90)
