@@ -65,7 +65,7 @@ $(VENV)/study: install
 bench-startup: install  ## Measure start-up times and memory at rest, about a minute.
 	$(BIN)/python bench/startup.py
 
-bench-observing: install  ## Measure what the metrics cost, about a minute.
+bench-observing: install  ## Measure what the metrics cost, some six minutes.
 	$(BIN)/python bench/observing.py
 
 bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.
