@@ -88,7 +88,7 @@ def _cost(costs: list[float]) -> tuple[str, str]:
     ordered, n = sorted(costs), len(costs)
     # How many of n lie below the median is binomial, so about normal with deviation sqrt(n) / 2.
     reach = round(1.96 * math.sqrt(n) / 2)
-    low, high = ordered[max(0, n // 2 - reach)], ordered[min(n - 1, n // 2 + reach)]
+    low, high = ordered[max(0, n // 2 - reach - 1)], ordered[min(n - 1, n // 2 + reach)]
     return f"{statistics.median(costs):.1%}", f"{low:.1%} to {high:.1%}"
 
 

@@ -49,6 +49,14 @@ def small_policy(
     return policy
 
 
+def overflowing_policy() -> Policy:
+    """A small policy whose output is not finite for observations of class 0."""
+    policy = small_policy()
+    with torch.no_grad():
+        policy.get_parameter("feature_map.weight")[:, 3] = 3.4e38
+    return policy
+
+
 def publish(repository: Path, policy: Policy, name: str = "policy", version: int | None = None) -> Path:
     return checkpoint.write(repository, name, policy, TrainingProgress(), version)
 
@@ -71,15 +79,25 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0)
     return value
 
 
-def hanging_while_exists(file: Path) -> str:
-    """A ``fault`` for ServerProcess: its device hangs in the forward pass while the file exists."""
+WITHOUT_CAPABILITIES = """
+import ctypes
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capset(header, none) == 0
+"""
+"""A ``fault`` for ServerProcess: not even root may read what its modes forbid."""
+
+
+def hanging_while_exists(file: Path, where: str = "tenuto_models.Policy.step") -> str:
+    """A ``fault`` for ServerProcess: it hangs in a method, the device's forward pass, while the file exists."""
+    package, owner, method = where.split(".")
     return f"""
-import pathlib, time, tenuto_models
-def step(self, *arguments, unharmed=tenuto_models.Policy.step):
+import pathlib, time
+from {package} import {owner}
+def hanging(self, *arguments, unharmed={owner}.{method}):
     while pathlib.Path({str(file)!r}).exists():
         time.sleep(0.02)
     return unharmed(self, *arguments)
-tenuto_models.Policy.step = step
+{owner}.{method} = hanging
 """
 
 
@@ -105,13 +123,18 @@ class ServerProcess:
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
-        line = wait_until(self._listening, "the server to listen")
-        self.port, self.metrics_port = int(line[1]), int(line[2])
-        self.address = f"127.0.0.1:{self.port}"
-        self.channel = grpc.insecure_channel(self.address)
-        self.stub = policy_pb2_grpc.PolicyServiceStub(self.channel)
-        if wait:
-            wait_until(lambda: self.http("/readyz")[0] == 200, "the server to be ready")
+        try:
+            line = wait_until(self._listening, "the server to listen")
+            self.port, self.metrics_port = int(line[1]), int(line[2])
+            self.address = f"127.0.0.1:{self.port}"
+            self.channel = grpc.insecure_channel(self.address)
+            self.stub = policy_pb2_grpc.PolicyServiceStub(self.channel)
+            if wait:
+                wait_until(lambda: self.http("/readyz")[0] == 200, "the server to be ready")
+        except BaseException:
+            # Nobody could close it.
+            self.process.kill()
+            raise
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None

@@ -137,18 +137,30 @@ def read(folder: Path) -> Checkpoint:
 
 
 def versions(folder: Path) -> list[int]:
-    """Return the version numbers below ``<repository>/<policy>``, ascending; unfinished writes are not among them."""
+    """Return the version numbers below ``<repository>/<policy>``, ascending; unfinished writes are not among them.
+
+    Raises OSError where the folder cannot be read.
+    """
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if _VERSION.fullmatch(p.name) and p.is_dir())
 
 
 def policies(repository: Path) -> list[str]:
-    """Return the names of the policies that have at least one version in the repository, sorted."""
+    """Return the names of the policies that have at least one version in the repository, sorted.
+
+    Those whose folder cannot be read are among them: :func:`versions` says why.
+    """
     if not repository.is_dir():
         return []
-    names = (p.name for p in repository.iterdir() if _POLICY_NAME.fullmatch(p.name))
-    return sorted(name for name in names if versions(repository / name))
+    return sorted(p.name for p in repository.iterdir() if _POLICY_NAME.fullmatch(p.name) and _may_have_versions(p))
+
+
+def _may_have_versions(folder: Path) -> bool:
+    try:
+        return bool(versions(folder))
+    except OSError:
+        return True
 
 
 def best_return(repository: Path, policy_name: str) -> float | None:

@@ -84,6 +84,9 @@ class StateArena:
             try:
                 self._matrices[dtype] = torch.zeros((capacity + 1, width), dtype=dtype, device=device)
             except RuntimeError as error:
+                # The CPU's allocator raises no class of its own.
+                if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+                    raise
                 gigabytes = (capacity + 1) * width * dtype.itemsize / 1e9
                 message = f"capacity: got {capacity}, whose state takes {gigabytes:,.1f} GB on {device}, which has less"
                 raise CapacityError(message) from error

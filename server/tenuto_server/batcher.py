@@ -82,9 +82,8 @@ class BatchQueue:
     def require_room(self, num_rows: int) -> None:
         """Raise Refusal (QUEUE_FULL) where this many more rows would be too many."""
         if self.num_rows + num_rows > self.max_rows:
-            raise Refusal(
-                pb.QUEUE_FULL, f"waiting steps: got {self.num_rows + num_rows}, expected at most {self.max_rows}"
-            )
+            message = f"waiting steps: got {self.num_rows + num_rows}, expected at most {self.max_rows}"
+            raise Refusal(pb.QUEUE_FULL, message, num_rows=num_rows)
 
     def put(self, ticket: Ticket) -> None:
         """Append a ticket. Its rows must fit into one batch."""

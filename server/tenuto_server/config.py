@@ -37,6 +37,8 @@ class ServerConfig:
     """Rows that may wait for the device before steps are refused with QUEUE_FULL."""
     queue_timeout_s: float = 10.0
     """Seconds that a step may wait for the device at most, whatever its own deadline."""
+    stall_timeout_s: float = 10.0
+    """Seconds after which a batch or an event loop that does not come to an end makes the server not ready."""
     idle_timeout_s: float = 300.0
     """Seconds without a step after which a session expires."""
     drain_timeout_s: float = 30.0
@@ -55,7 +57,7 @@ class ServerConfig:
             self._require(name, 0 <= getattr(self, name) <= 65535, "0..65535")
         for name in ("capacity", "max_batch", "max_queued", "torch_threads"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("queue_timeout_s", "idle_timeout_s", "poll_s"):
+        for name in ("queue_timeout_s", "stall_timeout_s", "idle_timeout_s", "poll_s"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("max_wait_ms", "drain_timeout_s"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "at least 0")

@@ -58,11 +58,13 @@ class CapacityError(ServerError):
 class Refusal(ServerError):
     """A request, or a row, that is not carried out. Nothing changed."""
 
-    def __init__(self, reason: int, message: str, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, reason: int, message: str, metadata: Mapping[str, str] | None = None, num_rows: int = 1) -> None:
         # Some texts quote the request; gRPC refuses to send long ones.
         super().__init__(shortened(message))
         self.reason = reason
         self.metadata = dict(metadata or {})
+        self.num_rows = num_rows
+        """How many steps it concerns, for the metrics."""
 
     @property
     def code(self) -> grpc.StatusCode:

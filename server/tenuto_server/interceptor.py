@@ -49,7 +49,7 @@ class RefusalInterceptor(grpc.aio.ServerInterceptor):
             except (Refusal, WireError) as error:
                 refusal = as_refusal(error)
                 self._metrics.count_request(rpc, refusal.code.name)
-                self._metrics.refusals.labels(refusal.reason_name).inc()
+                self._metrics.refusals.labels(refusal.reason_name).inc(refusal.num_rows)
                 details = encode_status(refusal.code, str(refusal), refusal.reason, refusal.metadata)
                 await context.abort(refusal.code, str(refusal), ((STATUS_DETAILS_KEY, details),))
             except Exception:

@@ -25,7 +25,7 @@ from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.engine import Engine, choose_device
 from tenuto_server.errors import ConfigurationError
 from tenuto_server.interceptor import RefusalInterceptor
-from tenuto_server.metrics import Metrics, MetricsServer
+from tenuto_server.metrics import READY, Metrics, MetricsServer
 from tenuto_server.policies import PolicyRegistry
 from tenuto_server.reload import Reloader
 from tenuto_server.service import PolicyService
@@ -36,12 +36,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["PolicyService"].full_name
 _SWEEP_S = 0.25
 _DRAIN_LOOK_S = 0.05
 _STOP_GRACE_S = 2.0
-_NOT_READY = {
-    "draining": "draining",
-    "loading": "loading",
-    "empty": "no policy is served yet",
-    "stalled": "the device has been busy with one batch for longer than queue_timeout_s",
-}
 
 
 class Server:
@@ -68,7 +62,7 @@ class Server:
             self.registry, self.stepper, self.engine, self.metrics, limits, epoch, time.monotonic
         )
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
-        self._shown = ""
+        self._is_stalled, self._swept_s = False, time.monotonic()
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
@@ -120,7 +114,7 @@ class Server:
             message = f"port: got {config.host}:{config.port}, which cannot be bound ({reason})"
             raise ConfigurationError(message) from error
         try:
-            self.metrics_server = MetricsServer(self.metrics, metrics_host, config.metrics_port, self.not_ready)
+            self.metrics_server = MetricsServer(self.metrics, metrics_host, config.metrics_port, self.state)
         except OSError as error:
             raise ConfigurationError(
                 f"metrics_port: got {metrics_host}:{config.metrics_port}, which cannot be bound ({error.strerror})"
@@ -133,20 +127,16 @@ class Server:
         )  # fmt: skip
         return server
 
-    @property
     def state(self) -> str:
-        """What the server does, one of metrics.STATES."""
-        if self._stop.is_set():
+        """What the server does, one of metrics.STATES. Called from any thread."""
+        if self._stop.is_set() or self.stepper.draining:
             return "draining"
         if not self.reloader.has_scanned:
             return "loading"
         if len(self.registry) == 0:
             return "empty"
-        return "stalled" if self.stepper.batcher.running_s > self.config.queue_timeout_s else "serving"
-
-    def not_ready(self) -> str | None:
-        """Why steps would not be answered; None when they would."""
-        return _NOT_READY.get(self.state)
+        loop_s = time.monotonic() - self._swept_s
+        return "stalled" if max(loop_s, self.stepper.batcher.running_s) > self.config.stall_timeout_s else READY
 
     async def _sweep(self) -> None:
         """Regularly: expire idle sessions and late steps, drop unused versions, and say whether we are ready."""
@@ -154,8 +144,10 @@ class Server:
         while True:
             now_s = time.monotonic()
             self.metrics.loop_lag.observe(now_s - due_s)
-            self._show(self.state)
-            await self._set_health(serving=self.not_ready() is None)
+            self._swept_s = now_s
+            state = self.state()
+            self._log_stall(state)
+            await self._set_health(serving=state == READY)
             for policy in self.registry:
                 for slot in policy.sessions.idle_slots(now_s, self.config.idle_timeout_s):
                     self.service.end_session(policy, slot, pb.SESSION_EXPIRED)
@@ -169,14 +161,12 @@ class Server:
             due_s = time.monotonic() + _SWEEP_S
             await asyncio.sleep(_SWEEP_S)
 
-    def _show(self, state: str) -> None:
-        if state != self._shown:
-            if state == "stalled":
-                log.error("%s, %g s", _NOT_READY[state], self.config.queue_timeout_s)
-            elif self._shown == "stalled":
-                log.warning("the device answers again")
-            self._shown = state
-        self.metrics.state.state(state)
+    def _log_stall(self, state: str) -> None:
+        if state == "stalled" and not self._is_stalled:
+            log.error("stalled: a batch has been running for longer than %g s", self.config.stall_timeout_s)
+        elif self._is_stalled and state != "stalled":
+            log.warning("the device answers again")
+        self._is_stalled = state == "stalled"
 
     async def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -186,7 +176,6 @@ class Server:
     async def _drain(self) -> None:
         """Refuse new sessions and episodes, and wait for the open ones until the timeout or a second signal."""
         self.stepper.draining = True
-        self._show("draining")
         await self._set_health(serving=False)
         deadline_s = time.monotonic() + self.config.drain_timeout_s
         begun = self._num_sessions()
@@ -238,8 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether gRPC says more than that a client was gone before its reply, which is no fault of the server's."""
-    return record.exc_info is None or type(record.exc_info[1]).__name__ != "ExecuteBatchError"
+    """Whether gRPC says more than that a client was gone before its reply, or that a stream ended with the server."""
+    error = record.exc_info and record.exc_info[1]
+    return not (isinstance(error, asyncio.CancelledError) or type(error).__name__ == "ExecuteBatchError")
 
 
 async def _serve(config: ServerConfig) -> None:

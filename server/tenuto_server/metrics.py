@@ -38,9 +38,13 @@ _ROWS = tuple(float(2**i) for i in range(13))
 STATIONS = ("check", "admit", "submit", "gather", "run", "scatter", "reply")
 """Stations 2 to 8 of docs/request.md."""
 STATES = ("loading", "empty", "serving", "stalled", "draining")
-"""Only ``serving`` is ready. ``stalled``: the device has been busy with one batch for longer than a step may wait."""
-MEASURED_RETURNS = 50
-"""Returns of a version from which on it is compared with others."""
+READY = "serving"
+_NOT_READY = {
+    "loading": "loading",
+    "empty": "no policy is served yet",
+    "stalled": "stalled: the device or the event loop has been busy with one thing for longer than stall_timeout_s",
+    "draining": "draining",
+}
 MAX_VERSION_LABELS = 32
 """Versions per policy whose episodes are kept as label values; older ones leave /metrics."""
 
@@ -62,8 +66,8 @@ class Metrics:
 
         self.state = Enum(
             "tenuto_state",
-            "1 for what the server does: loading, empty (no policy yet), serving, stalled (one batch does not end), "
-            "draining.",
+            "1 for what the server does: loading, empty (no policy yet), serving, stalled (the device or the event "
+            "loop hangs), draining.",
             states=STATES, registry=r,
         )  # fmt: skip
 
@@ -72,7 +76,7 @@ class Metrics:
             "tenuto_requests", "Requests by how they ended; each message of a StepStream is one.", ["rpc", "code"],
             registry=r,
         )  # fmt: skip
-        self.refusals = Counter("tenuto_refusals", "Requests and rows refused.", ["reason"], registry=r)
+        self.refusals = Counter("tenuto_refusals", "Steps and other requests refused.", ["reason"], registry=r)
         # From the start at 0: Prometheus sees no increase in a row that appears with its first.
         for reason in pb.ErrorReason.keys()[1:]:
             self.refusals.labels(reason)
@@ -89,10 +93,12 @@ class Metrics:
 
         # Steps and the engine.
         self.steps = Counter("tenuto_steps", "Session steps applied.", ["policy"], registry=r)
-        self._failed_steps = Counter(
-            "tenuto_failed_steps", "Steps that gave no finite result and were not applied; of the versions held.",
-            ["policy", "version"], registry=r,
-        )  # fmt: skip
+        self.failed_steps = Counter(
+            "tenuto_failed_steps",
+            "Steps refused with COMPUTE_FAILED: no finite result, or an error in the log.",
+            ["policy"],
+            registry=r,
+        )
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", buckets=_ROWS, registry=r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once.", registry=r)
@@ -125,16 +131,16 @@ class Metrics:
             "tenuto_episode_return_squares", "Sum of the squares of these returns; with the mean it tells the spread.",
             ["policy", "version"], registry=r,
         )  # fmt: skip
+        self._version_number = Gauge(
+            "tenuto_version_number", "The version as a number, to find the newest of those with returns.",
+            ["policy", "version"], registry=r,
+        )  # fmt: skip
 
         # Versions.
         self.newest_version = Gauge("tenuto_newest_version", "Version of new episodes.", ["policy"], registry=r)
         self.newest_published = Gauge(
             "tenuto_newest_version_published_timestamp_seconds", "When the files of the newest version were written.",
             ["policy"], registry=r,
-        )  # fmt: skip
-        self._newest_measured = Gauge(
-            "tenuto_newest_measured_version", f"Newest version with {MEASURED_RETURNS} returns.", ["policy"],
-            registry=r,
         )  # fmt: skip
         self._version_sessions = Gauge(
             "tenuto_version_sessions", "Sessions in an episode of this version; one row for each version held.",
@@ -152,8 +158,7 @@ class Metrics:
         self.device_memory = Gauge(
             "tenuto_device_memory_bytes", "Memory that torch holds on the GPU; without one, 0.", registry=r
         )
-        self._returns_of: dict[str, dict[int, int]] = {}
-        """Returns so far, of the versions that are labels of episodes."""
+        self._begun: dict[str, set[int]] = {}
         self._held: dict[str, set[str]] = {}
 
     def count_request(self, rpc: str, code: str) -> None:
@@ -171,39 +176,29 @@ class Metrics:
             self.sessions_ended.labels(policy, reason)
         self.sessions_opened.labels(policy)
         self.steps.labels(policy)
+        self.failed_steps.labels(policy)
 
     def count_episodes(self, policy: str, version: int, count: int) -> None:
         """Record episodes that began; of versions beyond the newest MAX_VERSION_LABELS as those of ``older``."""
-        kept = self._returns_of.setdefault(policy, {})
+        kept = self._begun.setdefault(policy, set())
         if version not in kept and (len(kept) < MAX_VERSION_LABELS or version > min(kept)):
-            kept[version] = 0
+            kept.add(version)
             self.episode_return.labels(policy, str(version))
             self._return_squares.labels(policy, str(version))
+            self._version_number.labels(policy, str(version)).set(version)
             if len(kept) > MAX_VERSION_LABELS:
                 oldest = min(kept)
-                del kept[oldest]
-                for metric in (self.episodes, self.episode_return, self._return_squares):
+                kept.remove(oldest)
+                for metric in (self.episodes, self.episode_return, self._return_squares, self._version_number):
                     metric.remove(policy, str(oldest))
         self.episodes.labels(policy, str(version) if version in kept else "older").inc(count)
 
     def observe_returns(self, policy: str, finished: Iterable[tuple[int, float]]) -> None:
         """Record finished episodes, each as (version, return), of versions that are still among the labels."""
         for version, episode_return in finished:
-            self._observe_return(policy, version, episode_return)
-
-    def _observe_return(self, policy: str, version: int, episode_return: float) -> None:
-        returns = self._returns_of.get(policy, {})
-        if version not in returns:
-            return
-        self.episode_return.labels(policy, str(version)).observe(episode_return)
-        self._return_squares.labels(policy, str(version)).inc(episode_return**2)
-        returns[version] += 1
-        if version == max((v for v, count in returns.items() if count >= MEASURED_RETURNS), default=None):
-            self._newest_measured.labels(policy).set(version)
-
-    def count_failed_steps(self, policy: str, version: int, count: int) -> None:
-        """Record steps that were refused with COMPUTE_FAILED."""
-        self._failed_steps.labels(policy, str(version)).inc(count)
+            if version in self._begun.get(policy, ()):
+                self.episode_return.labels(policy, str(version)).observe(episode_return)
+                self._return_squares.labels(policy, str(version)).inc(episode_return**2)
 
     def observe_sessions(self, policy: str, by_state: Mapping[str, int], by_version: Mapping[int, int]) -> None:
         """Set the gauges of a policy's slots and of the versions that it holds."""
@@ -212,11 +207,9 @@ class Metrics:
         held = {str(version): count for version, count in by_version.items()}
         for version in self._held.get(policy, set()) - held.keys():
             self._version_sessions.remove(policy, version)
-            self._failed_steps.remove(policy, version)
         self._held[policy] = set(held)
         for version, count in held.items():
             self._version_sessions.labels(policy, version).set(count)
-            self._failed_steps.labels(policy, version)
 
     def observe_device(self) -> None:
         """Set the gauge of the device's memory."""
@@ -243,20 +236,22 @@ class _ThreadedIPv6(_Threaded):
 class MetricsServer:
     """Serves /metrics, /healthz (the process answers) and /readyz (steps are answered) from a thread of its own."""
 
-    def __init__(self, metrics: Metrics, host: str, port: int, not_ready: Callable[[], str | None]) -> None:
-        """``not_ready`` returns why the server is not ready, or None. Raises OSError where the port is taken."""
+    def __init__(self, metrics: Metrics, host: str, port: int, state: Callable[[], str]) -> None:
+        """``state`` returns one of STATES, from any thread. Raises OSError where the port is taken."""
         exposition = make_wsgi_app(metrics.registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             path = environ.get("PATH_INFO", "")
             if path == "/metrics":
+                # Here, since the event loop may hang.
+                metrics.state.state(state())
                 return exposition(environ, start_response)
             status, body = "404 Not Found", "expected /metrics, /healthz or /readyz"
             if path == "/healthz":
                 status, body = "200 OK", "ok"
             elif path == "/readyz":
-                reason = not_ready()
-                status, body = ("200 OK", "ok") if reason is None else ("503 Service Unavailable", reason)
+                now = state()
+                status, body = ("200 OK", "ok") if now == READY else ("503 Service Unavailable", _NOT_READY[now])
             start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
             return [body.encode() + b"\n"]
 

@@ -15,7 +15,7 @@ from tenuto_proto.tensors import WIRE_DTYPES
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import StateArena
 from tenuto_server.engine import Engine, ServedVersion
-from tenuto_server.errors import Refusal
+from tenuto_server.errors import CapacityError, Refusal
 from tenuto_server.packed_linear import pack_linear_layers
 from tenuto_server.refused import RefusedVersions
 from tenuto_server.sessions import ReplyStore, SessionTable
@@ -37,11 +37,14 @@ class ServedPolicy:
         self.wire_action_space = space_to_wire(policy.action_space)
         self.codec = ObservationCodec(self.wire_observation_space)
         self.arena = StateArena(policy.state_spec, capacity, engine.device)
-        self.sessions = SessionTable(capacity, server_epoch)
-        action_shape: Any = policy.action_space.shape
-        self.replies = ReplyStore(
-            capacity, tuple(action_shape), np.dtype(policy.action_space.dtype), policy.distribution.num_logits
-        )
+        try:
+            self.sessions = SessionTable(capacity, server_epoch)
+            action_shape: Any = policy.action_space.shape
+            self.replies = ReplyStore(
+                capacity, tuple(action_shape), np.dtype(policy.action_space.dtype), policy.distribution.num_logits
+            )
+        except MemoryError as error:
+            raise CapacityError(f"capacity: got {capacity}, for which the host has too little memory") from error
         self.versions: dict[int, ServedVersion] = {}
 
     @property

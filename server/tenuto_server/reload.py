@@ -37,6 +37,8 @@ class Reloader:
         self._capacity, self._epoch = capacity, epoch
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
+        self._unreadable: set[str] = set()
+        """Policies whose folder could not be read at the last look."""
         self._too_large: dict[str, int] = {}
         """Policies for whose sessions there is no memory: the newest version for which that was found out."""
 
@@ -49,7 +51,7 @@ class Reloader:
         gc.freeze()
         self.has_scanned = True
         if len(self._registry) == 0:
-            log.warning("no policy in %s yet; waiting for one to be published", self._repository)
+            log.warning("no policy of %s is served; waiting for a version that can be", self._repository)
         async for _ in awatch(
             self._repository,
             debounce=_DEBOUNCE_MS,
@@ -57,6 +59,8 @@ class Reloader:
             rust_timeout=int(poll_s * 1000),
             yield_on_timeout=True,
             stop_event=stop,
+            # A folder that cannot be read is told of by the scan.
+            ignore_permission_denied=True,
         ):
             await self._scan_safely()
 
@@ -72,7 +76,13 @@ class Reloader:
         for name in await asyncio.to_thread(checkpoint.policies, self._repository):
             policy = self._registry.get(name)
             current = policy.newest.version if policy else self._too_large.get(name, 0)
-            present[name] = await asyncio.to_thread(checkpoint.versions, self._repository / name)
+            try:
+                present[name] = await asyncio.to_thread(checkpoint.versions, self._repository / name)
+            except OSError as error:
+                # The other policies have nothing to do with it.
+                self._cannot_read(name, error)
+                continue
+            self._unreadable.discard(name)
             for version in sorted((v for v in present[name] if v > current), reverse=True):
                 try:
                     if await self._load(name, version):
@@ -86,6 +96,12 @@ class Reloader:
                     break
         self._registry.refused.keep_only(present)
 
+    def _cannot_read(self, name: str, error: OSError) -> None:
+        if name not in self._unreadable:
+            self._unreadable.add(name)
+            self._metrics.versions_refused.labels(name, "failed").inc()
+            log.error("cannot read the versions of policy %s: %s", name, error)
+
     async def _load(self, name: str, version: int) -> bool:
         """Bring one version into service; False where it was refused, now or before in the same form.
 
@@ -96,8 +112,8 @@ class Reloader:
         if refused.holds(name, version, form):
             return False
         try:
+            log.info("loading version %d of policy %s", version, name)
             loaded = await asyncio.to_thread(_read, folder)
-            published_s = folder.stat().st_mtime
             policy = self._registry.get(name)
             first = policy is None
             if policy is None:
@@ -130,7 +146,7 @@ class Reloader:
             self._metrics.arena_bytes.labels(name).set(policy.arena.num_bytes)
         policy.drop_unused_versions()
         self._metrics.newest_version.labels(name).set(version)
-        self._metrics.newest_published.labels(name).set(published_s)
+        self._metrics.newest_published.labels(name).set(loaded.created_unix_s)
         self._metrics.versions_loaded.labels(name).inc()
         training = loaded.training
         log.info(
@@ -140,10 +156,15 @@ class Reloader:
         return True
 
     async def _warm(self, served: ServedVersion, *, self_test: bool) -> None:
-        """Run every bucket once. With ``self_test`` also compare what they computed for the same row."""
+        """Run every bucket once. With ``self_test`` also compare what they computed for the same row.
+
+        Raises CheckpointError where the output is not finite.
+        """
         first_rows: list[NDArray[np.float32]] = []
         for bucket in self._engine.buckets:
             first_rows.append(await self._engine.call(lambda size=bucket: self._engine.warm(served, size)))
+        if not np.isfinite(first_rows).all():
+            raise CheckpointError("its output is not finite")
         if self_test:
             equal = all(np.array_equal(first_rows[0], row) for row in first_rows)
             self._metrics.batch_invariant.labels(served.policy_name).set(equal)

@@ -257,7 +257,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         except (Refusal, WireError) as error:
             refusal = as_refusal(error)
             self._metrics.count_request(rpc, refusal.code.name)
-            self._metrics.refusals.labels(refusal.reason_name).inc()
+            self._metrics.refusals.labels(refusal.reason_name).inc(refusal.num_rows)
             return pb.StepBatchResponse(request_id=request.request_id, error=refusal.to_wire())
         except Exception:
             log.exception("a StepStream request failed")

@@ -171,7 +171,7 @@ class Stepper:
         self, policy: ServedPolicy, version: int, batch: Batch, slots: Slots, bad: NDArray[np.int64]
     ) -> None:
         self._release(policy, slots[bad])
-        self._metrics.count_failed_steps(policy.name, version, len(bad))
+        self._metrics.failed_steps.labels(policy.name).inc(len(bad))
         if self._clock() >= self._log_failures_s:
             self._log_failures_s = self._clock() + _FAILURES_LOGGED_EVERY_S
             share = f"{len(bad)} of {len(slots)} steps of a batch"
@@ -186,7 +186,7 @@ class Stepper:
         checkpoint = cast("ServedVersion", ticket.checkpoint)
         self._release(self._policy_of(checkpoint), cast("StepRows", ticket.rows).slots)
         if refusal.reason == pb.COMPUTE_FAILED:
-            self._metrics.count_failed_steps(checkpoint.policy_name, checkpoint.version, ticket.num_rows)
+            self._metrics.failed_steps.labels(checkpoint.policy_name).inc(ticket.num_rows)
 
     def _release(self, policy: ServedPolicy, slots: Slots) -> None:
         self._metrics.observe_returns(policy.name, policy.sessions.release(slots, self._clock()))

@@ -18,7 +18,16 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gymnasium import spaces
 
-from serving import ServerProcess, edit_manifest, hanging_while_exists, publish, small_policy, wait_until
+from serving import (
+    WITHOUT_CAPABILITIES,
+    ServerProcess,
+    edit_manifest,
+    hanging_while_exists,
+    overflowing_policy,
+    publish,
+    small_policy,
+    wait_until,
+)
 from tenuto_models import TrainingProgress, checkpoint
 from tenuto_proto import array_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
@@ -178,22 +187,46 @@ def test_a_first_dnc_compiles_beside_the_steps_of_others(tmp_path: Path, monkeyp
 
 
 def test_an_output_that_is_not_finite_fails_its_step_and_leaves_the_session(tmp_path: Path) -> None:
-    policy = small_policy()
-    with torch.no_grad():
-        policy.get_parameter("actor.2.weight").mul_(1e38)
-        policy.get_parameter("actor.2.bias").fill_(-3e38)
-    publish(tmp_path, policy)
+    publish(tmp_path, overflowing_policy())
+    bad = (np.zeros(3, np.float32), 0)
     with ServerProcess(tmp_path) as server:
         running = session(server)
-        code, reason, _ = refused(server.stub.Step, running.request(observations(1)[0]))
+        code, reason, _ = refused(server.stub.Step, running.request(bad))
         assert (code, reason) == (grpc.StatusCode.INTERNAL, "COMPUTE_FAILED")
         assert steps_taken(server, running.id) == 0 and not any(t.any() for t in running.state().values())
         other = session(server)
-        response = server.stub.StepBatch(batch([running, other], observations(2)))
-        assert [(e.row, e.error.reason) for e in response.errors] == [(0, pb.COMPUTE_FAILED), (1, pb.COMPUTE_FAILED)]
+        response = server.stub.StepBatch(batch([running, other], [bad, (bad[0], 1)]))
+        assert [(e.row, e.error.reason) for e in response.errors] == [(0, pb.COMPUTE_FAILED)]
+        assert server.metric('tenuto_failed_steps_total{policy="policy"}') == 2
+        wait_until(lambda: any("1 of 1 steps of a batch gave no finite" in line for line in server.log), "the log")
         publish(tmp_path, small_policy())
         wait_until(lambda: newest(server) == 2, "the good version")
         assert running.step(observations(1)[0]).version == 2
+
+
+def test_a_version_whose_output_is_never_finite_is_refused(repository: Path) -> None:
+    policy = small_policy(seed=1)
+    with torch.no_grad():
+        policy.get_parameter("feature_map.weight").fill_(3.4e38)
+    with ServerProcess(repository) as server:
+        publish(repository, policy)
+        wait_until(lambda: server.metric('tenuto_versions_refused_total{reason="broken"}') == 1, "the refusal")
+        described = server.stub.GetPolicy(pb.GetPolicyRequest())
+        assert described.version == 1 and "not finite" in described.refused[0].message
+
+
+def test_a_folder_that_cannot_be_read_is_told_once_and_the_others_are_served(repository: Path) -> None:
+    closed = repository / "closed"
+    closed.mkdir(mode=0)
+    with ServerProcess(repository, fault=WITHOUT_CAPABILITIES) as server:
+        assert server.stub.GetPolicy(pb.GetPolicyRequest()).policy_name == "policy"
+        publish(repository, small_policy(seed=1))
+        wait_until(lambda: newest(server) == 2, "the next version")
+        assert len([line for line in server.log if "cannot read the versions of policy closed" in line]) == 1
+        assert not any("Traceback" in line for line in server.log)
+        closed.chmod(0o755)
+        publish(repository, small_policy(), "closed")
+        wait_until(lambda: server.metric('tenuto_newest_version{policy="closed"}') == 1, "the folder once it is open")
 
 
 # ---------------------------------------------------------------------------------------------- limits
@@ -485,12 +518,14 @@ def test_metrics_tell_how_requests_ended_and_where_sessions_are(own_server: Serv
 
 def test_a_device_that_hangs_makes_the_server_not_ready_until_it_answers(repository: Path, tmp_path: Path) -> None:
     hang = tmp_path / "hang"
-    with ServerProcess(repository, "--queue-timeout-s", "0.3", fault=hanging_while_exists(hang)) as server:
+    flags = ("--queue-timeout-s", "0.3", "--stall-timeout-s", "0.3")
+    with ServerProcess(repository, *flags, fault=hanging_while_exists(hang)) as server:
         first, second = session(server), session(server)
         hang.touch()
         hanging = server.stub.Step.future(first.request(observations(1)[0]))
         wait_until(lambda: server.http("/readyz")[0] == 503, "the device to be found hanging")
-        assert "busy with one batch" in server.http("/readyz")[1]
+        assert server.http("/readyz")[1].startswith("stalled")
+        assert server.metric('tenuto_state{tenuto_state="stalled"}') == 1
         wait_until(lambda: health(server) == NOT_SERVING, "gRPC health to say so too")
         assert refused(server.stub.Step, second.request(observations(1)[0]))[1] == "QUEUE_TIMEOUT"
         hang.unlink()
@@ -498,6 +533,40 @@ def test_a_device_that_hangs_makes_the_server_not_ready_until_it_answers(reposit
         wait_until(lambda: server.http("/readyz")[0] == 200, "readiness")
         assert second.step(observations(1)[0]).step_index == 0, "the refused step was not applied"
         wait_until(lambda: any("the device answers again" in line for line in server.log), "the log to say so")
+
+
+def test_an_event_loop_that_hangs_is_seen_from_outside(repository: Path, tmp_path: Path) -> None:
+    hang = tmp_path / "hang"
+    fault = hanging_while_exists(hang, "tenuto_proto.ObservationCodec.unpack")
+    with ServerProcess(repository, "--stall-timeout-s", "1", fault=fault) as server:
+        step = session(server).request(observations(1)[0])
+        hang.touch()
+        hanging = server.stub.Step.future(step)
+        wait_until(lambda: server.http("/readyz")[0] == 503, "the event loop to be found hanging")
+        assert server.metric('tenuto_state{tenuto_state="stalled"}') == 1
+        hang.unlink()
+        assert hanging.result().step_index == 0
+        wait_until(lambda: server.http("/readyz")[0] == 200, "readiness")
+
+
+def test_a_server_that_drains_since_it_has_failed_says_so(repository: Path, tmp_path: Path) -> None:
+    fault = f"""
+import asyncio, pathlib, watchfiles
+async def failing(*arguments, **options):
+    while not pathlib.Path({str(tmp_path / "fail")!r}).exists():
+        await asyncio.sleep(0.02)
+    raise OSError("no more watches")
+    yield
+watchfiles.awatch = failing
+"""
+    with ServerProcess(repository, fault=fault) as server:
+        running = session(server)
+        running.step(observations(1)[0])
+        (tmp_path / "fail").touch()
+        wait_until(lambda: server.http("/readyz") == (503, "draining\n"), "the drain")
+        assert health(server) == NOT_SERVING
+        server.stub.CloseSession(pb.CloseSessionRequest(session_id=running.id))
+        assert server.wait() == 1 and any("no more watches" in line for line in server.log)
 
 
 def test_a_capacity_beyond_memory_is_one_line_and_the_process_waits_for_another_policy(repository: Path) -> None:

@@ -19,6 +19,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -31,12 +32,11 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
-import torch
 import yaml
 
-from serving import ServerProcess, hanging_while_exists, publish, small_policy, wait_until
-from tenuto_models import Policy
+from serving import ServerProcess, hanging_while_exists, overflowing_policy, publish, small_policy, wait_until
 from tenuto_proto.v1 import policy_pb2 as pb
 from wire import WireSession, batch, observations
 
@@ -164,7 +164,8 @@ class Prometheus:
 ROWS, CAPACITY = 8, 24
 # A request of 8 rows runs at once; one of fewer waits 0.7 s for company: a slow step, and a queue that is nearly full.
 FLAGS = ("--capacity", str(CAPACITY), "--max-batch", str(ROWS), "--max-queued", str(ROWS),
-         "--max-wait-ms", "700", "--idle-timeout-s", "5", "--queue-timeout-s", "2")  # fmt: skip
+         "--max-wait-ms", "700", "--idle-timeout-s", "5", "--queue-timeout-s", "2",
+         "--stall-timeout-s", "2")  # fmt: skip
 
 
 class Load:
@@ -188,7 +189,8 @@ class Load:
         self._settle(answer, ROWS)
         self._settle(stub.StepBatch(self._request(ROWS - 1)), ROWS - 1)
         first = self._sessions[0]
-        step = first.request(self._observations[0], episode_start=True, reward=self.reward)
+        # For which the overflowing policy puts out nothing finite.
+        step = first.request((np.zeros(3, np.float32), 0), episode_start=True, reward=self.reward)
         if self._fails(stub.Step, step) is None:
             first.index += 1
         self._fails(stub.Step, first.request(self._observations[0], index=first.index + 7))
@@ -237,12 +239,15 @@ class Load:
         self._running.result()
 
 
-def without_finite_logits() -> Policy:
-    policy = small_policy()
-    with torch.no_grad():
-        policy.get_parameter("actor.2.weight").mul_(1e38)
-        policy.get_parameter("actor.2.bias").fill_(-3e38)
-    return policy
+ANY_PROCESS = (
+    "import prometheus_client as p, threading; p.start_http_server({port}, '127.0.0.1'); threading.Event().wait()"
+)
+"""A target that can be restarted quickly; the alert knows only when it was started."""
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 class Scene:
@@ -258,8 +263,16 @@ class Scene:
         silent.bind(("127.0.0.1", 0))
         self.instance = f"127.0.0.1:{self.server.metrics_port}"
         self.silent_instance = f"127.0.0.1:{silent.getsockname()[1]}"
-        self.prometheus = stack.enter_context(Prometheus(folder, [self.instance, self.silent_instance]))
+        restarting = _free_port()
+        targets = [self.instance, self.silent_instance, f"127.0.0.1:{restarting}"]
+        self.prometheus = stack.enter_context(Prometheus(folder, targets))
         self._await_alerts("TenutoNoPolicy", "TenutoServerDown")
+        started = f'up{{instance="127.0.0.1:{restarting}"}} == 1'
+        for _ in range(3):
+            with subprocess.Popen([sys.executable, "-c", ANY_PROCESS.format(port=restarting)]) as process:
+                wait_until(lambda: self.prometheus.query(started), "a scrape of the process")
+                process.kill()
+            wait_until(lambda: not self.prometheus.query(started), "a scrape without it")
 
         publish(self.repository, small_policy())
         wait_until(lambda: self.server.http("/readyz")[0] == 200, "readiness", 90)
@@ -272,7 +285,7 @@ class Scene:
         self._await_metric('tenuto_versions_refused_total{reason="broken"}', 1)
         publish(self.repository, small_policy("frameconv"), version=3)
         self._await_metric('tenuto_versions_refused_total{reason="mismatch"}', 1)
-        publish(self.repository, without_finite_logits(), version=4)
+        publish(self.repository, overflowing_policy(), version=4)
         self._await_alerts("TenutoComputeFails", "TenutoInternalErrors")
         publish(self.repository, small_policy(seed=1), version=5)
         self._await_metric('tenuto_episode_return_count{version="5"}', 50)

@@ -31,7 +31,6 @@ DELTA = 1e-6
 
 Array = NDArray[Any]
 log = logging.getLogger(__name__)
-_NOTEWORTHY_S = 1.0
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -78,15 +77,17 @@ class _Kernel:
             cast(Any, self._call).enable_caching()
 
     def __call__(self, *arguments: Any) -> None:
-        began = None if self._used else time.monotonic()
+        began = time.monotonic()
         try:
             self._call(*arguments)
         except Exception:  # noqa: BLE001 (kernels raise nothing: what was kept is damaged, or the disk is full)
             self._call = _compiled(self._function)
             self._call(*arguments)
-        self._used = True
-        if began is not None and (seconds := time.monotonic() - began) > _NOTEWORTHY_S:
-            log.info("compiled the DNC's %s in %.1f s, once on this machine", self._function.__name__, seconds)
+        if not self._used:
+            self._used = True
+            if cast(Any, self._call).stats.cache_misses:
+                seconds = time.monotonic() - began
+                log.info("compiled the DNC's %s in %.1f s, once on this machine", self._function.__name__, seconds)
 
 
 # Elementary functions.

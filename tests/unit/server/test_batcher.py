@@ -260,3 +260,13 @@ async def test_many_consumers_are_all_settled_exactly_once() -> None:
     assert len(ran) == len(set(ran)) and set(ran) | set(device.abandoned) == set(tickets)
     assert not set(ran) & set(device.abandoned)
     assert all(b.num_rows <= 8 and len({t.checkpoint for t in b.tickets}) == 1 for b in device.committed)
+
+
+async def test_the_age_of_the_batch_under_way_is_known() -> None:
+    device = Device()
+    assert device.batcher.running_s == 0
+    device.submit()
+    device.now_s = 3.0
+    assert device.batcher.running_s == 3.0
+    device.finish()
+    assert device.batcher.running_s == 0

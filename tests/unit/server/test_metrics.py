@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tenuto_server.metrics import MAX_VERSION_LABELS, MEASURED_RETURNS, Metrics
+from tenuto_server.metrics import MAX_VERSION_LABELS, Metrics
 
 
 def versions_of(metrics: Metrics, name: str) -> list[int]:
@@ -24,22 +24,14 @@ def test_episodes_of_the_oldest_versions_leave() -> None:
         assert versions_of(metrics, returns) == kept
 
 
-def test_the_newest_measured_version_is_the_newest_with_enough_returns() -> None:
+def test_returns_tell_their_mean_and_their_spread() -> None:
     metrics = Metrics(torch.device("cpu"))
-
-    def measured() -> float | None:
-        return metrics.registry.get_sample_value("tenuto_newest_measured_version", {"policy": "policy"})
-
-    for version in (1, 2, 3):
-        metrics.count_episodes("policy", version, 1)
-    metrics.observe_returns("policy", [(2, 1.0)] * (MEASURED_RETURNS - 1))
-    assert measured() is None
-    metrics.observe_returns("policy", [(2, 1.0)])
-    assert measured() == 2
-    metrics.observe_returns("policy", [(1, 1.0)] * MEASURED_RETURNS + [(3, 1.0)])
-    assert measured() == 2, "version 1 is older, 3 has one return"
-    metrics.observe_returns("policy", [(3, 1.0)] * MEASURED_RETURNS)
-    assert measured() == 3
+    metrics.count_episodes("policy", 7, 3)
+    metrics.observe_returns("policy", [(7, -2.0), (7, 3.0), (8, 1.0)])
+    labels = {"policy": "policy", "version": "7"}
+    names = ("return_sum", "return_count", "return_squares_total")
+    assert [metrics.registry.get_sample_value(f"tenuto_episode_{name}", labels) for name in names] == [1.0, 2.0, 13.0]
+    assert metrics.registry.get_sample_value("tenuto_version_number", labels) == 7
 
 
 def test_an_episode_of_an_old_version_displaces_no_newer_one() -> None:
@@ -54,8 +46,6 @@ def test_an_episode_of_an_old_version_displaces_no_newer_one() -> None:
 def test_sessions_are_told_for_the_versions_held_and_no_others() -> None:
     metrics = Metrics(torch.device("cpu"))
     metrics.observe_sessions("policy", {"waiting": 3}, {1: 3, 2: 0})
-    metrics.count_failed_steps("policy", 1, 2)
     metrics.observe_sessions("policy", {"waiting": 1}, {2: 1})
-    for name in ("tenuto_version_sessions", "tenuto_failed_steps_total"):
-        assert versions_of(metrics, name) == [2]
+    assert versions_of(metrics, "tenuto_version_sessions") == [2]
     assert metrics.registry.get_sample_value("tenuto_sessions", {"policy": "policy", "state": "waiting"}) == 1
