@@ -85,7 +85,9 @@ class _Kernel:
             self._call(*arguments)
         if not self._used:
             self._used = True
-            if cast(Any, self._call).stats.cache_misses:
+            # Without it numba was told to compile nothing.
+            stats = getattr(self._call, "stats", None)
+            if stats is not None and not stats.cache_hits:
                 seconds = time.monotonic() - began
                 log.info("compiled the DNC's %s in %.1f s, once on this machine", self._function.__name__, seconds)
 
