@@ -12,6 +12,7 @@ from tenuto_client.address import check_address
 from tenuto_client.aio_stream import AioStepStream
 from tenuto_client.effects import Call, Program, Sleep, T
 from tenuto_client.errors import ClientClosedError, TenutoError, error_from_rpc
+from tenuto_client.shared_stream import SharedStream
 from tenuto_client.transport import CHANNEL_OPTIONS, checked_reply, metadata_of
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
@@ -26,9 +27,16 @@ class AioTransport:
         credentials: grpc.ChannelCredentials | None = None,
         *,
         stream: bool = False,
+        shared: bool = False,
     ) -> None:
-        """Open nothing yet, so that it can be built outside the loop. ``stream``: as in Transport."""
+        """Open nothing yet, so that it can be built outside the loop.
+
+        ``stream``: as in Transport. ``shared``: the connection is that of all others to this address, and Step travels
+        over their common stream.
+        """
         self._address, self._credentials, self._uses_stream = check_address(address), credentials, stream
+        self._is_shared, self._shared = shared, None
+        self._shared: SharedStream | None
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._stream: AioStepStream | None = None
@@ -59,7 +67,10 @@ class AioTransport:
         self.is_closed = True
         if self._stream is not None:
             await self._stream.close()
-        if self._channel is not None:
+        if self._shared is not None:
+            shared, self._shared = self._shared, None
+            await shared.release()
+        elif self._channel is not None:
             await self._channel.close()
 
     async def _make(self, call: Call) -> Any:
@@ -68,6 +79,8 @@ class AioTransport:
         try:
             if self._stream is not None and isinstance(call.request, pb.StepBatchRequest):
                 return checked_reply(call, await self._stream.send(call.request, call.timeout_s))
+            if self._shared is not None and call.method == "Step":
+                return await self._shared.step(call)
             method = getattr(self._stub, call.method)
             return await method(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
         except grpc.RpcError as error:
@@ -81,6 +94,10 @@ class AioTransport:
             return ClientClosedError("the policy was closed")
 
     def _open(self) -> None:
+        if self._is_shared:
+            self._shared = SharedStream.acquire(self._address, self._credentials, CHANNEL_OPTIONS)
+            self._channel, self._stub = self._shared.channel, self._shared.stub
+            return
         if self._credentials is None:
             self._channel = grpc.aio.insecure_channel(self._address, CHANNEL_OPTIONS)
         else:

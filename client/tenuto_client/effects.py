@@ -6,7 +6,7 @@ the async API, and a test drives it by hand.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,10 @@ class Call:
     """Sent as the metadata x-session-id; 0: the call is not about one session."""
     server_epoch: int = 0
     """Of the server where the session was opened, to tell a restart from an unknown session."""
+    shares_with: Hashable = None
+    """Steps with an equal value are of one policy and may travel in one message, as a StepBatch."""
+    max_rows: int = 1
+    """Steps in such a message, at most."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 
@@ -18,6 +18,11 @@ from tenuto_client.transport import Transport
 
 if TYPE_CHECKING:
     from gymnasium import Space
+
+SessionTransport = Literal["unary", "stream"]
+"""``unary``: a call per step on a connection of its own; ``stream``: all policies of an event loop share a connection
+to the server and its stream, on which steps that are ready together travel in one message: far cheaper for both sides.
+"""
 
 
 class RemotePolicy:
@@ -130,6 +135,7 @@ class AsyncRemotePolicy:
         address: str,
         policy_name: str = "",
         *,
+        transport: SessionTransport = "unary",
         version: int = 0,
         seed: int | None = None,
         deterministic: bool = False,
@@ -138,11 +144,13 @@ class AsyncRemotePolicy:
         wait_for_policy_s: float = 0.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """As RemotePolicy's."""
+        """As RemotePolicy's. ``transport``: see SessionTransport."""
         self._session = Session(
             PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
         )
-        self._transport = AioTransport(address, credentials)
+        if transport not in ("unary", "stream"):
+            raise ValueError(f"transport: got {transport!r}, expected 'unary' or 'stream'")
+        self._transport = AioTransport(address, credentials, shared=transport == "stream")
 
     async def connect(self, on_wait: OnWait = None) -> ServedPolicy:
         """As RemotePolicy.connect."""

@@ -124,6 +124,11 @@ class ServedPolicy:
         """Of one element of the action space."""
         return action_dtype_and_shape(self.wire.action_space)
 
+    def max_rows_of(self, row: Message) -> int:
+        """How many steps of this size one message can carry."""
+        fitting = self.max_message_bytes // (row.ByteSize() + 32) if self.max_message_bytes else self.max_batch_rows
+        return max(1, min(fitting, self.max_batch_rows))
+
     def refuse_too_large(self, request: Message) -> None:
         """Raise MessageTooLargeError where the server would refuse the request for its size."""
         size = request.ByteSize()
