@@ -16,6 +16,7 @@ COPY envs envs
 COPY client client
 COPY server server
 COPY trainer trainer
+COPY bench/tenuto_bench bench/tenuto_bench
 RUN /opt/build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
 
 # What both images have. Root owns it, so that the user below cannot change a byte of it.

@@ -117,6 +117,7 @@ class ServerProcess:
             if fault is None
             else ["-c", f"{fault}\nfrom tenuto_server.main import main\nmain()"]
         )
+        self.repository = repository
         command = [str(python), *run, "--repository", str(repository)]
         command += ["--port", "0", "--metrics-port", "0", "--poll-s", "0.5", "--drain-timeout-s", "5", *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -123,7 +123,9 @@ def test_wheel_holds_every_package_typed_licensed_and_of_the_version_in_pyprojec
         names = archive.namelist()
         metadata = archive.read(f"tenuto-{version[1]}.dist-info/METADATA").decode()
     packages = {name.split("/")[0] for name in names if not name.startswith("tenuto-")}
-    assert packages == {f"tenuto_{part}" for part in ("client", "envs", "models", "proto", "server", "trainer")}
+    assert packages == {
+        f"tenuto_{part}" for part in ("bench", "client", "envs", "models", "proto", "server", "trainer")
+    }
     assert {f"{package}/py.typed" for package in packages} <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.endswith((".nbi", ".nbc", ".pyc"))]

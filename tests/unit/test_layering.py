@@ -15,6 +15,7 @@ PACKAGES = {
     "tenuto_client": ("client", {"tenuto_proto", "tenuto_envs"}),
     "tenuto_server": ("server", {"tenuto_proto", "tenuto_models"}),
     "tenuto_trainer": ("trainer", {"tenuto_models", "tenuto_envs", "tenuto_proto"}),
+    "tenuto_bench": ("bench", {"tenuto_client", "tenuto_models", "tenuto_proto"}),
 }
 FORBIDDEN = {
     "tenuto_proto": {"torch", "ray"},
@@ -23,6 +24,7 @@ FORBIDDEN = {
     "tenuto_client": {"torch", "ray"},
     "tenuto_server": {"ray"},
     "tenuto_trainer": set(),
+    "tenuto_bench": {"ray"},
 }
 
 

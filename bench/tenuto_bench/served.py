@@ -1,0 +1,93 @@
+"""The server that is measured: one of its own, with policies of random weights, or any address."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gymnasium import spaces
+
+from tenuto_models import Policy, PolicyConfig, TrainingProgress, checkpoint
+
+OBSERVATIONS, ACTIONS = spaces.Box(-1, 1, (32,)), spaces.Discrete(6)
+MEMORIES = ("dnc", "frameconv")
+START_S = 120.0
+
+
+class ServerError(Exception):
+    """The server cannot be measured."""
+
+
+@dataclass
+class Served:
+    """A server that answers, and what is known about it."""
+
+    address: str
+    metrics_url: str | None
+    repository: Path | None
+    """Where its policies lie, for the replay."""
+
+    def metric(self, name: str) -> float:
+        """A metric's value, summed over its rows. Raises ServerError where it cannot be asked."""
+        assert self.metrics_url is not None
+        try:
+            with urllib.request.urlopen(self.metrics_url, timeout=10) as response:
+                text = response.read().decode()
+        except (urllib.error.URLError, OSError) as error:
+            raise ServerError(f"{self.metrics_url}: {error}") from error
+        return sum(float(v) for v in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+
+
+@contextmanager
+def own_server(flags: Sequence[str] = ()) -> Generator[Served]:
+    """Serve one policy of each memory, at POPGym's sizes, on free ports of loopback."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder)
+        for memory in MEMORIES:
+            torch.manual_seed(0)
+            policy = Policy(OBSERVATIONS, ACTIONS, PolicyConfig.for_memory(memory))
+            checkpoint.write(repository, memory, policy, TrainingProgress())
+        command = [
+            sys.executable,
+            "-m",
+            "tenuto_server.main",
+            "--repository",
+            folder,
+            "--port",
+            "0",
+            "--metrics-port",
+            "0",
+        ]
+        with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stderr is not None
+                said: list[str] = []
+                for line in process.stderr:
+                    said.append(line)
+                    if found := re.search(r"listening on (\S+:\d+), metrics on port (\d+)", line):
+                        break
+                else:
+                    raise ServerError(f"tenuto-serve ended: {said[-1].strip() if said else 'without a word'}")
+                served = Served(found[1], f"http://127.0.0.1:{found[2]}/metrics", repository)
+                _wait_until_ready(served)
+                yield served
+            finally:
+                process.kill()
+
+
+def _wait_until_ready(served: Served) -> None:
+    deadline_s = time.monotonic() + START_S
+    while served.metric("tenuto_newest_version") < len(MEMORIES):
+        if time.monotonic() > deadline_s:
+            raise ServerError(f"tenuto-serve is not ready after {START_S:g} s")
+        time.sleep(0.1)
