@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-startup bench-observing bench-training study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-startup bench-observing bench-training study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -56,6 +56,20 @@ serve: install  ## Serve ./repository.
 bench: install  ## Measure the server beside its floors, a few minutes; prints one table.
 	$(BIN)/python bench/serving.py
 
+# The peers' packages, before those of .venv, which their servers compute with. Triton's Python backend needs the system's
+# libpython of the same version.
+PEERS := .venv-peers
+$(PEERS)/installed: $(VENV)/installed
+	test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet nvidia-pytriton==0.7.0 'tritonclient[grpc]==2.73.0' websockets==17.4 msgpack==1.2.4
+	$(BIN)/python -c "import sys, sysconfig; std = sysconfig.get_path('stdlib'); \
+	  print(*(p for p in sys.path if p and not p.startswith(std) and not p.endswith('.zip')), sep='\n')" \
+	  > $$($(PEERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz_tenuto.pth
+	touch $@
+
+bench-peers: $(PEERS)/installed  ## Measure tenuto beside Triton and a websocket server, some ten minutes.
+	$(BIN)/python -W ignore bench/peers/run.py --python $(PEERS)/bin/python
+
 # The seed's classes need the package dnc, which asks for one that exists no more and that it does not use.
 $(VENV)/study: install
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[study]'
@@ -75,7 +89,7 @@ study: $(VENV)/study  ## Train all algorithms on five environments, hours; goes 
 	$(BIN)/python bench/learning/study.py
 
 clean:  ## Remove what make made.
-	rm -rf $(VENV) .venv-proto runs dist build
+	rm -rf $(VENV) .venv-proto $(PEERS) runs dist build
 
 # Tools of the images, apart from what the project itself installs.
 TOOLS := $(VENV)/tools
