@@ -44,8 +44,10 @@ types: install  ## Check types.
 unit: install  ## Run the unit tests only.
 	$(BIN)/pytest tests/unit
 
+# A file's tests share a server, so a file stays with one worker.
+TEST_WORKERS ?= 2
 test: install lint types drift  ## Install, then lint, types, drift of generated code, and all tests.
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
 demo: install  ## Train, publish, serve and play, live in the terminal; a few minutes.
 	$(BIN)/python examples/demo/demo.py
