@@ -107,5 +107,5 @@ $(TOOLS)/installed: Makefile
 lock: $(TOOLS)/installed  ## Lock what the images install, with hashes.
 	deploy/image/lock.sh $(TOOLS)/bin/uv "$(TORCH_INDEX)"
 
-image-test: install $(TOOLS)/installed  ## Build and run the images without Docker, some five minutes; needs root.
+image-test: install $(TOOLS)/installed  ## Build and run the images without Docker, five to ten minutes; needs root.
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" $(BIN)/python deploy/image/test_image.py
