@@ -168,6 +168,18 @@ FLAGS = ("--capacity", str(CAPACITY), "--max-batch", str(ROWS), "--max-queued", 
          "--stall-timeout-s", "2")  # fmt: skip
 
 
+def opened(server: ServerProcess) -> WireSession:
+    """A new session, as soon as the load's abandoned ones have left a slot."""
+
+    def attempt() -> WireSession | None:
+        try:
+            return WireSession(server, "policy")
+        except grpc.RpcError:
+            return None
+
+    return wait_until(attempt, "a slot")
+
+
 class Load:
     """Clients of all kinds, good and bad, in a thread of their own; the same round again and again."""
 
@@ -218,7 +230,7 @@ class Load:
             if row not in failed:
                 self._sessions[row].index += 1
             elif failed[row] == pb.SESSION_EXPIRED:  # The machine stood still for long.
-                self._sessions[row] = WireSession(self.server, "policy")
+                self._sessions[row] = opened(self.server)
 
     @staticmethod
     def _fails(call: Any, request: Any) -> grpc.StatusCode | None:
@@ -299,25 +311,19 @@ class Scene:
 
     def _hang(self, hang: Path) -> None:
         """Let the device hang until the alert fires, and others' steps wait for it in vain."""
-        waiting = [wait_until(self._open, "a slot") for _ in range(2)]
         hang.touch()
         try:
             wait_until(lambda: self.server.metric('tenuto_state{tenuto_state="stalled"}'), "the device to hang")
             for _ in range(3):
+                # Opened only now: sessions that wait for their first step may expire before it.
+                waiting = [opened(self.server) for _ in range(2)]
                 response = self.server.stub.StepBatch(batch(waiting, observations(len(waiting))))
                 assert {error.error.reason for error in response.errors} == {pb.QUEUE_TIMEOUT}
+                for session in waiting:
+                    self.server.stub.CloseSession(pb.CloseSessionRequest(session_id=session.id))
             self._await_alerts("TenutoStalled", "TenutoStepsTurnedAway")
         finally:
             hang.unlink()
-        for session in waiting:
-            self.server.stub.CloseSession(pb.CloseSessionRequest(session_id=session.id))
-
-    def _open(self) -> WireSession | None:
-        """None while the load holds all slots."""
-        try:
-            return WireSession(self.server, "policy")
-        except grpc.RpcError:
-            return None
 
     def _await_metric(self, selector: str, value: float) -> None:
         wait_until(lambda: self.server.metric(selector) >= value, f"{selector} >= {value}", 90)
