@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from tenuto_bench.cases import NUM_OBSERVATIONS, is_start, observation_number
+
 Step = Callable[[np.ndarray, bool], Awaitable[Any]]
-EPISODE_STEPS = 100
 RNG = np.random.default_rng(0)
-OBSERVATIONS = [RNG.uniform(-1, 1, 32).astype(np.float32) for _ in range(16)]
+OBSERVATIONS = [RNG.uniform(-1, 1, 32).astype(np.float32) for _ in range(NUM_OBSERVATIONS)]
 
 
 @asynccontextmanager
@@ -68,7 +69,7 @@ async def main(kind: str, address: str, sessions: int, warmup_s: float, seconds:
         taken = counted = 0
         for i, end_s in enumerate(ends):
             while (began_s := time.perf_counter()) < end_s:
-                await step(OBSERVATIONS[(7 * session + taken) % 16], taken % EPISODE_STEPS == 0)
+                await step(OBSERVATIONS[observation_number(session, taken)], is_start(taken))
                 taken += 1
                 if i:
                     counted += 1

@@ -11,10 +11,18 @@ import grpc.aio
 
 from tenuto_client.errors import ClientClosedError
 from tenuto_client.stream import stream_ended, stream_silent
+from tenuto_client.transport import CHANNEL_OPTIONS
 from tenuto_proto.v1 import policy_pb2 as pb
 
 # Missing from the stubs.
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """Open a channel of the running loop; it connects with its first call."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS)
 
 
 class AioStepStream:

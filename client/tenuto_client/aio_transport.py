@@ -9,11 +9,11 @@ import grpc
 import grpc.aio
 
 from tenuto_client.address import check_address
-from tenuto_client.aio_stream import AioStepStream
+from tenuto_client.aio_stream import AioStepStream, open_channel
 from tenuto_client.effects import Call, Program, Sleep, T
 from tenuto_client.errors import ClientClosedError, TenutoError, error_from_rpc
 from tenuto_client.shared_stream import SharedStream
-from tenuto_client.transport import CHANNEL_OPTIONS, checked_reply, metadata_of
+from tenuto_client.transport import checked_reply, metadata_of
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
 
@@ -35,8 +35,8 @@ class AioTransport:
         over their common stream.
         """
         self._address, self._credentials, self._uses_stream = check_address(address), credentials, stream
-        self._is_shared, self._shared = shared, None
-        self._shared: SharedStream | None
+        self._is_shared = shared
+        self._shared: SharedStream | None = None
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._stream: AioStepStream | None = None
@@ -95,13 +95,10 @@ class AioTransport:
 
     def _open(self) -> None:
         if self._is_shared:
-            self._shared = SharedStream.acquire(self._address, self._credentials, CHANNEL_OPTIONS)
+            self._shared = SharedStream.acquire(self._address, self._credentials)
             self._channel, self._stub = self._shared.channel, self._shared.stub
             return
-        if self._credentials is None:
-            self._channel = grpc.aio.insecure_channel(self._address, CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.aio.secure_channel(self._address, self._credentials, CHANNEL_OPTIONS)
+        self._channel = open_channel(self._address, self._credentials)
         self._stub = PolicyServiceStub(self._channel)
         if self._uses_stream:
             self._stream = AioStepStream(self._stub.StepStream)

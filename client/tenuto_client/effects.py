@@ -6,11 +6,14 @@ the async API, and a test drives it by hand.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
+
+if TYPE_CHECKING:
+    from tenuto_client.served import ServedPolicy
 
 T = TypeVar("T")
 
@@ -27,10 +30,8 @@ class Call:
     """Sent as the metadata x-session-id; 0: the call is not about one session."""
     server_epoch: int = 0
     """Of the server where the session was opened, to tell a restart from an unknown session."""
-    shares_with: Hashable = None
-    """Steps with an equal value are of one policy and may travel in one message, as a StepBatch."""
-    max_rows: int = 1
-    """Steps in such a message, at most."""
+    served: ServedPolicy | None = None
+    """Of a Step: its policy. Steps of one policy may travel in one message, as a StepBatch."""
 
 
 @dataclass(frozen=True)

@@ -198,14 +198,9 @@ class Session:
     def _apply(self, request: pb.StepRequest, deadline: Deadline) -> Program[pb.StepResponse]:
         # Pending before it is sent: whatever interrupts this program, the index is not used for anything else.
         self._pending, self._begins_next = request, False
-        assert self.served is not None
-        shares_with = (self.served.policy_name, self.options.outputs)
-        max_rows = self.served.max_rows_of(request)
         try:
             reply: pb.StepResponse = yield from attempt(
-                lambda timeout_s: Call(
-                    "Step", request, timeout_s, self.session_id, self._server_epoch, shares_with, max_rows
-                ),
+                lambda timeout_s: Call("Step", request, timeout_s, self.session_id, self._server_epoch, self.served),
                 deadline,
             )
         except TenutoError as error:

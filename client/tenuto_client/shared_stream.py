@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from tenuto_client.aio_stream import AioStepStream
+from tenuto_client.aio_stream import AioStepStream, open_channel
 from tenuto_client.effects import Call
 from tenuto_client.errors import (
     ClientClosedError,
@@ -46,18 +46,12 @@ class SharedStream:
         self._messages: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def acquire(
-        cls, address: str, credentials: grpc.ChannelCredentials | None, options: Sequence[tuple[str, int]]
-    ) -> SharedStream:
+    def acquire(cls, address: str, credentials: grpc.ChannelCredentials | None) -> SharedStream:
         """Return the running loop's stream to an address, a new one where there is none. To be released once."""
         of_key = cls._of_loop.setdefault(asyncio.get_running_loop(), {})
         key = (address, credentials)
         if key not in of_key:
-            if credentials is None:
-                channel = grpc.aio.insecure_channel(address, options)
-            else:
-                channel = grpc.aio.secure_channel(address, credentials, options)
-            of_key[key] = cls(key, channel)
+            of_key[key] = cls(key, open_channel(address, credentials))
         of_key[key]._users += 1
         return of_key[key]
 
@@ -75,7 +69,7 @@ class SharedStream:
         if not self._ready:
             self._loop.call_soon(self._send)
         self._ready.append(row)
-        timer = self._loop.call_later(call.timeout_s, row.settle, stream_silent(call.timeout_s))
+        timer = self._loop.call_later(call.timeout_s, row.expire)
         try:
             return await row.reply
         finally:
@@ -86,9 +80,14 @@ class SharedStream:
         ready, self._ready = self._ready, []
         groups: dict[Any, list[_Row]] = {}
         for row in ready:
-            groups.setdefault(row.call.shares_with, []).append(row)
+            assert row.call.served is not None
+            outputs = row.request.outputs
+            key = (row.call.served.policy_name, outputs.value, outputs.log_prob, outputs.logits)
+            groups.setdefault(key, []).append(row)
         for rows in groups.values():
-            most = max(1, rows[0].call.max_rows)
+            first_call = rows[0].call
+            assert first_call.served is not None
+            most = first_call.served.max_rows_of(first_call.request)
             for first in range(0, len(rows), most):
                 message = asyncio.create_task(self._exchange(rows[first : first + most]))
                 self._messages.add(message)
@@ -120,6 +119,10 @@ class _Row:
     def __init__(self, call: Call, reply: asyncio.Future[pb.StepResponse | TenutoError]) -> None:
         self.call, self.reply = call, reply
         self.request: Any = call.request
+
+    def expire(self) -> None:
+        """Answer that the time is up."""
+        self.settle(stream_silent(self.call.timeout_s))
 
     def settle(self, outcome: pb.StepResponse | TenutoError) -> None:
         """Answer, unless the waiter is gone."""
