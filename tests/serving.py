@@ -87,9 +87,9 @@ assert ctypes.CDLL(None).capset(header, none) == 0
 """A ``fault`` for ServerProcess: not even root may read what its modes forbid."""
 
 
-def hanging_while_exists(file: Path, where: str = "tenuto_models.Policy.step") -> str:
+def hanging_while_exists(file: Path, where: str = "tenuto_server.engine.Engine.run") -> str:
     """A ``fault`` for ServerProcess: it hangs in a method, the device's forward pass, while the file exists."""
-    package, owner, method = where.split(".")
+    package, owner, method = where.rsplit(".", 2)
     return f"""
 import pathlib, time
 from {package} import {owner}

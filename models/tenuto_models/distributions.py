@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenuto_models.errors import ConfigError
@@ -39,6 +40,14 @@ class ActionDistribution(Protocol):
         """Raw action ``[B, A]`` -> action of the space ``[B, *shape]`` in the space's units and dtype."""
         ...
 
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Factor and summand ``[A]``, float64, that turn a raw action into the space's units."""
+        ...
+
+    def in_space(self, scaled: NDArray[np.float64]) -> NDArray[Any]:
+        """Finish what :meth:`to_space` does, from ``[B, A]`` in the space's units."""
+        ...
+
 
 class Categoricals:
     """Independent categoricals: Discrete (one), MultiDiscrete (one per entry), MultiBinary (two-way, one per bit)."""
@@ -47,6 +56,7 @@ class Categoricals:
         self.sizes, self.shape, self.dtype = sizes, shape, dtype
         self.num_logits, self.num_uniforms = sum(sizes), len(sizes)
         self._starts = torch.tensor(starts, dtype=torch.int64)
+        self._numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Invert the cumulative distribution: the first class whose cumulated probability exceeds the uniform."""
@@ -72,6 +82,14 @@ class Categoricals:
     def to_space(self, raw: Tensor) -> Tensor:
         """Add the start of each entry and take the space's shape and dtype."""
         return (raw + self._starts.to(raw.device)).to(self.dtype).view(-1, *self.shape)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Factor and summand ``[A]``, float64, that turn a raw action into the space's units."""
+        return torch.ones(len(self.sizes), dtype=torch.float64), self._starts.double()
+
+    def in_space(self, scaled: NDArray[np.float64]) -> NDArray[Any]:
+        """Finish what :meth:`to_space` does, from ``[B, A]`` in the space's units."""
+        return scaled.astype(self._numpy_dtype).reshape(-1, *self.shape)
 
 
 class Gaussian:
@@ -115,6 +133,16 @@ class Gaussian:
         # Clipped in the space's own dtype, in which its bounds are exact.
         clipped = scaled.to(self.dtype).clamp(self._low.to(device), self._high.to(device))
         return clipped.view(-1, *self.shape)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Factor and summand ``[A]``, float64, that turn a raw action into the space's units."""
+        return self._scale, self._shift
+
+    def in_space(self, scaled: NDArray[np.float64]) -> NDArray[Any]:
+        """Finish what :meth:`to_space` does, from ``[B, A]`` in the space's units."""
+        low, high = self._low.numpy(), self._high.numpy()
+        with np.errstate(over="ignore"):
+            return np.clip(scaled.astype(low.dtype), low, high).reshape(-1, *self.shape)
 
 
 def distribution_for(space: spaces.Space[Any]) -> ActionDistribution:

@@ -1,41 +1,53 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 
 A draw is a pure function of (seed, step index, dimension). Nothing is stored, so a retried or replayed step draws the
-same numbers, whichever batch it is in. Vectorised over rows in numpy; called on the host, a few numbers per row.
+same numbers, whichever batch it is in.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
-_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
-_ROUNDS = np.arange(10, dtype=np.uint64)
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+from tenuto_models.jit import Kernel, jit
 
 U64 = NDArray[np.uint64]
+_u = np.uint64
+_MULTIPLIERS, _WEYL = (_u(0xD2511F53), _u(0xCD9E8D57)), (_u(0x9E3779B9), _u(0xBB67AE85))
+_LOW, _HALF = _u(0xFFFFFFFF), _u(32)
 
 
-def philox4x32(counter: U64, key: U64) -> U64:
-    """Ten rounds over 32-bit words held in uint64: counters ``[4, ...]``, keys ``[2, ...]`` -> words ``[4, ...]``."""
-    lead = (slice(None),) + (None,) * (key.ndim - 1)
-    keys = (key + _ROUNDS[(..., *(None,) * key.ndim)] * _WEYL[lead]) & _LOW
-    # The two words that are multiplied, and the two that are mixed in.
-    even, odd = counter[0::2], counter[1::2]
-    for round_key in keys:
-        product = even * _MULTIPLIERS[lead]
-        even, odd = (product[::-1] >> _HALF) ^ odd ^ round_key, product[::-1] & _LOW
-    return np.stack([even[0], odd[0], even[1], odd[1]])
+@jit
+def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    """Ten rounds over a counter of four 32-bit words and a key of two, all held in uint64; returns four words."""
+    for _ in range(10):
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (second >> _HALF) ^ c1 ^ k0, second & _LOW, (first >> _HALF) ^ c3 ^ k1, first & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+@jit
+def uniform(seed: Any, counter: Any, dimension: int) -> Any:
+    """Draw one number in the open interval (0, 1) for uint64 seed and counter (step index)."""
+    words = philox4x32(
+        counter & _LOW, counter >> _HALF, _u(dimension // 4), _u(0), seed & _LOW, seed >> _HALF
+    )  # fmt: skip
+    # The top 23 bits, centred: exact in float32 and never 0 or 1.
+    return (np.float32(words[dimension % 4] >> _u(9)) + np.float32(0.5)) * np.float32(2.0**-23)
+
+
+@Kernel
+def _fill(seeds: U64, counters: U64, draws: NDArray[np.float32]) -> None:
+    for row in range(draws.shape[0]):
+        for dimension in range(draws.shape[1]):
+            draws[row, dimension] = uniform(seeds[row], counters[row], dimension)
 
 
 def uniforms(seeds: U64, counters: U64, num: int) -> NDArray[np.float32]:
     """Draw ``[B, num]`` numbers in the open interval (0, 1): seeds and counters (step indices) ``[B]``, uint64."""
-    blocks = (num + 3) // 4
-    counter = np.zeros((4, len(seeds), blocks), np.uint64)
-    counter[0], counter[1], counter[2] = (counters & _LOW)[:, None], (counters >> _HALF)[:, None], np.arange(blocks)
-    words = philox4x32(counter, np.stack([seeds & _LOW, seeds >> _HALF])[:, :, None])
-    # [4, B, blocks] -> [B, 4 blocks], the words of a block side by side.
-    rows = words.transpose(1, 2, 0).reshape(len(seeds), -1)[:, :num]
-    # The top 23 bits, centred: exact in float32 and never 0 or 1.
-    return ((rows >> np.uint64(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    draws = np.empty((len(seeds), num), np.float32)
+    _fill(seeds, counters, draws)
+    return draws

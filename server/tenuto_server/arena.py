@@ -73,7 +73,7 @@ class StateArena:
     """
 
     def __init__(self, spec: StateSpec, capacity: int, device: torch.device) -> None:
-        self.spec, self.spare = spec, capacity
+        self.spec, self.spare, self.device = spec, capacity, device
         self._matrices: dict[torch.dtype, Tensor] = {}
         self._columns: dict[str, slice] = {}
         for dtype in dict.fromkeys(t.dtype for t in spec):
@@ -95,6 +95,14 @@ class StateArena:
     def num_bytes(self) -> int:
         """Bytes on the device."""
         return sum(m.numel() * m.element_size() for m in self._matrices.values())
+
+    def on_host(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The memory itself of an arena on the CPU: the core's state ``[C + 1, S]``, in the order of its spec, and the
+        steps of the episodes so far ``[C + 1]``.
+        """
+        state, counters = self._matrices[torch.float32], self._matrices[torch.int64]
+        assert {t.dtype for t in self.spec[:-1]} == {torch.float32} and counters.shape[1] == 1
+        return state.numpy(), counters.view(-1).numpy()
 
     def gather(self, slots: Tensor, episode_starts: Tensor) -> dict[str, Tensor]:
         """Copy out the state of ``slots [B]``, zeroed where ``episode_starts [B]``: name -> ``[B, *shape]``."""

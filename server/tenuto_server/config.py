@@ -45,8 +45,10 @@ class ServerConfig:
     """Seconds after SIGTERM in which running episodes may finish."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Bytes of one request."""
-    torch_threads: int = 1
-    """CPU threads of one forward pass; on small hosts 1 leaves the other cores to gRPC."""
+    compute_threads: int = 1
+    """CPU threads that share a large batch; on small hosts 1 leaves the other cores to gRPC."""
+    deterministic: bool = False
+    """Serve a policy only if the self-test finds its results to be the same bits in every batch size and place."""
     poll_s: float = 5.0
     """Seconds between looks at the repository besides file system events, which network mounts do not send."""
     log_level: str = "INFO"
@@ -55,7 +57,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):
             self._require(name, 0 <= getattr(self, name) <= 65535, "0..65535")
-        for name in ("capacity", "max_batch", "max_queued", "torch_threads"):
+        for name in ("capacity", "max_batch", "max_queued", "compute_threads"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("queue_timeout_s", "stall_timeout_s", "idle_timeout_s", "poll_s"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "more than 0")
@@ -75,10 +77,7 @@ class ServerConfig:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Batch sizes that a forward pass is padded to: powers of two from 4 on, then max_batch.
-
-        From 4 rows on a row's result did not depend on the number of rows on the CPUs that we measured.
-        """
+        """Batch sizes that a GPU's forward pass is padded to: powers of two from 4 on, then max_batch."""
         sizes = [4]
         while sizes[-1] < self.max_batch:
             sizes.append(min(2 * sizes[-1], self.max_batch))
@@ -95,9 +94,12 @@ def parse_args(argv: Sequence[str] | None = None) -> ServerConfig:
     parser.add_argument("--version", action="version", version=f"tenuto {version('tenuto')}")
     kinds = {"int": int, "float": float, "str": str, "Path": Path}
     for field in fields(ServerConfig):
-        required = field.name == "repository"
+        required, flag = field.name == "repository", "--" + field.name.replace("_", "-")
+        if field.type == "bool":
+            parser.add_argument(flag, action="store_true", help=_help(field.name))
+            continue
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             type=kinds[str(field.type)],
             required=required,
             default=None if required else field.default,

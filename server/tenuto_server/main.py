@@ -43,15 +43,16 @@ class Server:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        torch.set_num_threads(config.torch_threads)
-        self.engine = Engine(choose_device(config.device), config.buckets)
+        # What torch itself does here are odds and ends.
+        torch.set_num_threads(1)
+        self.engine = Engine(choose_device(config.device), config.buckets, config.compute_threads)
         self.metrics = Metrics(self.engine.device)
         self.metrics.queue_capacity.set(config.max_queued)
         self.registry = PolicyRegistry()
         epoch = secrets.randbits(63)
         queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued)
         self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)
-        self.reloader = Reloader(config.repository, self.registry, self.engine, self.metrics, config.capacity, epoch)
+        self.reloader = Reloader(self.registry, self.engine, self.metrics, config, epoch)
         limits = pb.Limits(
             max_batch_rows=config.max_batch,
             max_message_bytes=config.max_message_bytes,
@@ -83,7 +84,10 @@ class Server:
         self.engine.close()
         self.metrics_server.close()
         if failed is not None:
-            raise RuntimeError("a background task of the server failed") from failed.exception()
+            error = failed.exception()
+            if isinstance(error, ConfigurationError):
+                raise error
+            raise RuntimeError("a background task of the server failed") from error
         log.info("stopped")
 
     async def _listen(self) -> grpc.aio.Server:

@@ -16,7 +16,6 @@ from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import StateArena
 from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.errors import CapacityError, Refusal
-from tenuto_server.packed_linear import pack_linear_layers
 from tenuto_server.refused import RefusedVersions
 from tenuto_server.sessions import ReplyStore, SessionTable
 
@@ -46,6 +45,8 @@ class ServedPolicy:
         except MemoryError as error:
             raise CapacityError(f"capacity: got {capacity}, for which the host has too little memory") from error
         self.versions: dict[int, ServedVersion] = {}
+        self.is_batch_invariant = False
+        """Whether the self-test found that a session's results do not depend on who shares its batches."""
 
     @property
     def newest(self) -> ServedVersion:
@@ -62,10 +63,11 @@ class ServedPolicy:
         ):
             if got != expected:
                 raise MismatchError(f"{what}: got {got}, expected {expected}, as in the versions being served")
-        module = policy.to(engine.device).eval().requires_grad_(False)
-        if engine.device.type == "cpu":
-            pack_linear_layers(module)
-        return ServedVersion(self.name, checkpoint.version, module, checkpoint.training, self.arena, self.sessions.pool)
+        step = engine.make_step(policy, self.arena)
+        return ServedVersion(
+            self.name, checkpoint.version, checkpoint.training, policy.observation_size, step, self.arena,
+            self.sessions.pool,
+        )  # fmt: skip
 
     def find_version(self, version: int) -> ServedVersion:
         """Return a held version; 0 is the newest. Raises Refusal (VERSION_UNKNOWN)."""
@@ -109,6 +111,7 @@ class ServedPolicy:
             ),
             limits=limits,
             server_epoch=server_epoch,
+            batch_invariant=self.is_batch_invariant,
         )
 
 

@@ -12,16 +12,18 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from watchfiles import awatch
 
 from tenuto_models import Checkpoint, CheckpointError, checkpoint
+from tenuto_models.compiled import CompiledStep
 from tenuto_proto import WireError
+from tenuto_server.config import ServerConfig
 from tenuto_server.engine import Engine, ServedVersion
-from tenuto_server.errors import CapacityError
+from tenuto_server.errors import CapacityError, ConfigurationError
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import MismatchError, PolicyRegistry, ServedPolicy
+from tenuto_server.self_test import SelfTest
+from tenuto_server.step import StepRows
 
 log = logging.getLogger(__name__)
 _DEBOUNCE_MS = 100
@@ -31,10 +33,10 @@ class Reloader:
     """Owned by the event loop."""
 
     def __init__(
-        self, repository: Path, registry: PolicyRegistry, engine: Engine, metrics: Metrics, capacity: int, epoch: int
+        self, registry: PolicyRegistry, engine: Engine, metrics: Metrics, config: ServerConfig, epoch: int
     ) -> None:
-        self._repository, self._registry, self._engine, self._metrics = repository, registry, engine, metrics
-        self._capacity, self._epoch = capacity, epoch
+        self._registry, self._engine, self._metrics, self._config = registry, engine, metrics, config
+        self._repository, self._epoch = config.repository, epoch
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
         self._unreadable: set[str] = set()
@@ -67,6 +69,8 @@ class Reloader:
     async def _scan_safely(self) -> None:
         try:
             await self.scan()
+        except ConfigurationError:
+            raise
         except Exception:
             log.exception("could not look through the repository; it is tried again")
 
@@ -105,7 +109,8 @@ class Reloader:
     async def _load(self, name: str, version: int) -> bool:
         """Bring one version into service; False where it was refused, now or before in the same form.
 
-        Raises CapacityError where the sessions of a new policy do not fit into memory.
+        Raises CapacityError where the sessions of a new policy do not fit into memory, and at start-up
+        ConfigurationError where its results depend on the batch although they must not.
         """
         folder = self._repository / name / str(version)
         form, refused = await asyncio.to_thread(_form, folder), self._registry.refused
@@ -118,10 +123,12 @@ class Reloader:
             first = policy is None
             if policy is None:
                 policy = await self._engine.call(
-                    lambda: ServedPolicy(loaded, self._engine, self._capacity, self._epoch)
+                    lambda: ServedPolicy(loaded, self._engine, self._config.capacity, self._epoch)
                 )
             served = await self._engine.call(lambda: policy.prepare(loaded, self._engine))
-            await self._warm(served, self_test=first)
+            await self._warm(served)
+            if first:
+                await self._test(policy, loaded)
         except (CheckpointError, MismatchError, WireError) as error:
             # Callers learn which version it is, not where this server keeps it.
             message = str(error).removeprefix(f"{folder}: ").replace(str(folder), f"version {version}")
@@ -132,6 +139,14 @@ class Reloader:
             return False
         except CapacityError:
             raise
+        except ConfigurationError as error:
+            # Who has just started the server shall see it at once; later it goes on with what it serves.
+            if not self.has_scanned:
+                raise
+            refused.add(name, version, form, str(error))
+            self._metrics.versions_refused.labels(name, "failed").inc()
+            log.error("refused version %d of policy %s: %s", version, name, error)
+            return False
         except Exception:
             refused.add(name, version, form, "it could not be loaded; the server's log says why")
             self._metrics.versions_refused.labels(name, "failed").inc()
@@ -142,7 +157,7 @@ class Reloader:
         if first:
             self._registry.add(policy)
             self._metrics.begin_policy(name)
-            self._metrics.capacity.labels(name).set(self._capacity)
+            self._metrics.capacity.labels(name).set(self._config.capacity)
             self._metrics.arena_bytes.labels(name).set(policy.arena.num_bytes)
         policy.drop_unused_versions()
         self._metrics.newest_version.labels(name).set(version)
@@ -155,32 +170,42 @@ class Reloader:
         )  # fmt: skip
         return True
 
-    async def _warm(self, served: ServedVersion, *, self_test: bool) -> None:
-        """Run every bucket once. With ``self_test`` also compare what they computed for the same row.
+    async def _warm(self, served: ServedVersion) -> None:
+        """Run a batch of every size that has code of its own. Raises CheckpointError where the output is not finite."""
+        for size in served.step.sizes:
+            results = await self._engine.call(lambda size=size: served.step.advance(_padding(served, size)))
+            if not results.finite.all():
+                raise CheckpointError("its output is not finite")
 
-        Raises CheckpointError where the output is not finite.
-        """
-        first_rows: list[NDArray[np.float32]] = []
-        for bucket in self._engine.buckets:
-            first_rows.append(await self._engine.call(lambda size=bucket: self._engine.warm(served, size)))
-        if not np.isfinite(first_rows).all():
-            raise CheckpointError("its output is not finite")
-        if self_test:
-            equal = all(np.array_equal(first_rows[0], row) for row in first_rows)
-            self._metrics.batch_invariant.labels(served.policy_name).set(equal)
-            if not equal:
-                spread = float(np.max(np.ptp(np.stack(first_rows), axis=0)))
-                log.warning(
-                    "policy %s: logits differ by up to %.1e between batch sizes on this device",
-                    served.policy_name, spread,
-                )  # fmt: skip
+    async def _test(self, policy: ServedPolicy, first: Checkpoint) -> None:
+        """Find out whether the policy's results depend on the batch. Raises ConfigurationError where they must not."""
+        spread = await SelfTest(self._engine, first.policy, self._config.max_batch).spread()
+        policy.is_batch_invariant = spread == 0
+        self._metrics.batch_invariant.labels(policy.name).set(policy.is_batch_invariant)
+        if policy.is_batch_invariant:
+            return
+        message = f"policy {policy.name}: results differ by up to {spread:.1e} between batches on {self._engine.device}"
+        if self._config.deterministic:
+            raise ConfigurationError(f"deterministic: {message}")
+        log.warning("%s", message)
+
+
+def _padding(served: ServedVersion, rows: int) -> StepRows:
+    """Rows of the spare slot, which no session has."""
+    slots = np.full(rows, served.arena.spare)
+    nothing, observation = np.zeros(rows, np.uint64), np.linspace(-1, 1, served.observation_size, dtype=np.float32)
+    return StepRows(
+        slots=slots, generations=served.pool.generation[slots],
+        observations=np.tile(observation, (rows, 1)), episode_starts=np.ones(rows, np.bool_),
+        seeds=nothing, step_indices=nothing, deterministic=np.ones(rows, np.bool_), rewards=np.zeros(rows, np.float32),
+        session_ids=nothing,
+    )  # fmt: skip
 
 
 def _read(folder: Path) -> Checkpoint:
     """Read a version and take a step with it, so that what compiles at the first step does so on this thread."""
     loaded = checkpoint.read(folder)
-    with torch.inference_mode():
-        loaded.policy.step(torch.zeros(1, loaded.policy.observation_size), loaded.policy.initial_state(1))
+    CompiledStep(loaded.policy).try_out()
     return loaded
 
 

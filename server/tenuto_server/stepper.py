@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
 from tenuto_server.batcher import Batch, Batcher, BatchQueue, Ticket, TicketState
-from tenuto_server.engine import Engine, ServedVersion, StepResults, StepRows
+from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.errors import Refusal
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.sessions import Admission
+from tenuto_server.step import StepResults, StepRows
 
 log = logging.getLogger(__name__)
 _FAILURES_LOGGED_EVERY_S = 10.0

@@ -89,9 +89,9 @@ class Storm:
                 outputs=pb.Outputs(value=True),
             )
             while True:
-                call = self.stub.Step(request, timeout=self.random.choice([0.002, 0.01, 5.0]))
+                call = self.stub.Step(request, timeout=self.random.choice([0.0005, 0.003, 5.0]))
                 if self.random.random() < 0.15:
-                    asyncio.get_running_loop().call_later(self.random.uniform(0, 0.01), call.cancel)
+                    asyncio.get_running_loop().call_later(self.random.uniform(0, 0.004), call.cancel)
                 try:
                     reply = await call
                 except (grpc.RpcError, asyncio.CancelledError) as error:
@@ -148,7 +148,7 @@ class Storm:
 
         call = self.stub.StepStream(once()) if rpc == "StepStream" else self.stub.StepBatch(request)
         if self.random.random() < 0.2:
-            asyncio.get_running_loop().call_later(self.random.uniform(0, 0.01), call.cancel)
+            asyncio.get_running_loop().call_later(self.random.uniform(0, 0.004), call.cancel)
         try:
             return await call if rpc == "StepBatch" else await call.read()
         except (grpc.RpcError, asyncio.CancelledError):

@@ -183,7 +183,7 @@ def test_a_first_dnc_compiles_beside_the_steps_of_others(tmp_path: Path, monkeyp
             # Compiling takes longer than this deadline.
             server.stub.Step(playing.request(observations(1)[0]), timeout=2)
             playing.index += 1
-        assert any("compiled the DNC's access" in line for line in server.log)
+        assert any("compiled the DNC's step" in line for line in server.log)
 
 
 def test_an_output_that_is_not_finite_fails_its_step_and_leaves_the_session(tmp_path: Path) -> None:

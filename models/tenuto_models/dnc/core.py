@@ -64,7 +64,7 @@ class DNCCore(nn.Module):
             TensorSpec("read_vectors", (read,)),
             *self.access.state_spec,
         )
-        self._sizes = Sizes(hidden, config.num_cells, config.cell_size, config.num_read_heads)
+        self.sizes = Sizes(hidden, config.num_cells, config.cell_size, config.num_read_heads)
         self._reset_gates(hidden)
 
     def _reset_gates(self, hidden: int) -> None:
@@ -89,7 +89,7 @@ class DNCCore(nn.Module):
 
     def _step_compiled(self, gates: Tensor, before: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """:meth:`step` from gates ``[B, 4 H]``, which it overwrites, and the packed state."""
-        sizes, after = self._sizes, torch.empty_like(before)
+        sizes, after = self.sizes, torch.empty_like(before)
         features = gates.new_empty((len(gates), sizes.features))
         states = before.numpy(), after.numpy(), features.numpy()
         kernels.lstm(gates.numpy(), *states, sizes)
@@ -113,7 +113,7 @@ class DNCCore(nn.Module):
         active = (lengths > torch.arange(steps).unsqueeze(1)).sum(dim=1).tolist()
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (z, before, *self.parameters()))
         features, states = Scan.apply(
-            self._sizes, keep, active, z.transpose(0, 1)[:, by_length], self.gates.weight, self.gates.bias,
+            self.sizes, keep, active, z.transpose(0, 1)[:, by_length], self.gates.weight, self.gates.bias,
             self.access.interface.weight, self.access.interface.bias, before[by_length],
         )  # fmt: skip
         as_given = torch.argsort(by_length)

@@ -13,25 +13,20 @@ usage_vector``. A name ``d_x`` is the gradient of the loss with respect to ``x``
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from numpy.typing import NDArray
+
+from tenuto_models.jit import Kernel, jit
 
 DELTA = 1e-6
 """The reference's δ: keeps cosines and the allocation's products away from zero."""
 
 Array = NDArray[Any]
-log = logging.getLogger(__name__)
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Sizes(NamedTuple):
@@ -56,40 +51,6 @@ class Sizes(NamedTuple):
     def trace(self) -> int:
         """Values of a row's access that its adjoint needs: the activated interface, cosines, weightings."""
         return self.interface + (4 * self.heads + 2) * self.cells
-
-
-def _compiled(function: _Function) -> _Function:
-    """Compile on the first call, for float32 or float64.
-
-    The flags let sums be reordered, so that they use vector instructions; NaN stays NaN.
-    """
-    return cast(Any, njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})(function))
-
-
-class _Kernel:
-    """A compiled function that others call. Its code is kept on disk, where there is a place for it and it is sound."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
-        self._function, self._call, self._used = function, _compiled(function), False
-        # No folder to write to, or numba is told to compile nothing.
-        with suppress(RuntimeError, AttributeError):
-            cast(Any, self._call).enable_caching()
-
-    def __call__(self, *arguments: Any) -> None:
-        began = time.monotonic()
-        try:
-            self._call(*arguments)
-        except Exception:  # noqa: BLE001 (kernels raise nothing: what was kept is damaged, or the disk is full)
-            self._call = _compiled(self._function)
-            self._call(*arguments)
-        if not self._used:
-            self._used = True
-            # Without it numba was told to compile nothing.
-            stats = getattr(self._call, "stats", None)
-            if stats is not None and not stats.cache_hits:
-                seconds = time.monotonic() - began
-                log.info("compiled the DNC's %s in %.1f s, once on this machine", self._function.__name__, seconds)
 
 
 # Elementary functions.
@@ -131,19 +92,19 @@ def _(x: Any) -> Any:
     return by_polynomial
 
 
-@_compiled
+@jit
 def _exp(x: Any) -> Any:
     scale, e = _exp_parts(x)
     return scale + scale * e
 
 
-@_compiled
+@jit
 def _sigmoid(x: Any) -> Any:
     one = type(x)(1)
     return one / (one + _exp(-x))
 
 
-@_compiled
+@jit
 def _tanh(x: Any) -> Any:
     # (e^2x - 1) / (e^2x + 1), the numerator without cancellation.
     one, two = type(x)(1), type(x)(2)
@@ -152,13 +113,13 @@ def _tanh(x: Any) -> Any:
     return e / (e + two)
 
 
-@_compiled
+@jit
 def _softplus(x: Any) -> Any:
     # torch's threshold: above it the function is x up to rounding.
     return x if x > 20 else type(x)(math.log1p(math.exp(x)))
 
 
-@_compiled
+@jit
 def _softmax(x: Array) -> None:
     """In place over ``[K]``."""
     largest = x[0]
@@ -175,7 +136,7 @@ def _softmax(x: Array) -> None:
 # The LSTM's pointwise part.
 
 
-@_Kernel
+@Kernel
 def lstm(gates: Array, before: Array, after: Array, features: Array, sizes: Sizes) -> None:
     """Activate ``gates [B, 4 H]`` (i, f, g, o) in place and, from the states ``before [B, S]``, fill c and h of the
     states ``after`` and h of ``features [B, H + R W]``.
@@ -199,7 +160,7 @@ def lstm(gates: Array, before: Array, after: Array, features: Array, sizes: Size
         features[b, :size] = h
 
 
-@_Kernel
+@Kernel
 def lstm_adjoint(
     gates: Array, before: Array, after: Array, d_features: Array, d_h: Array, d_state: Array, d_gates: Array,
     sizes: Sizes,
@@ -240,7 +201,7 @@ def lstm_adjoint(
 # The memory access.
 
 
-@_compiled
+@jit
 def _memory_of(state: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array, Array, Array]:
     """Cut memory, link matrix, precedence, read weights, write weights and usage out of a row ``[S]``."""
     cells, width, heads = sizes.cells, sizes.width, sizes.heads
@@ -257,7 +218,7 @@ def _memory_of(state: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array, 
     )  # fmt: skip
 
 
-@_compiled
+@jit
 def _interface_of(emitted: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array, Array, Array, Array, Array, Array]:
     """Cut read keys, read strengths, write key, write strength, erase vector, write vector, free gates, the allocation
     and the write gate, and read modes out of a row ``[I]``.
@@ -278,7 +239,7 @@ def _interface_of(emitted: Array, sizes: Sizes) -> tuple[Array, Array, Array, Ar
     )  # fmt: skip
 
 
-@_compiled
+@jit
 def _weightings_of(trace: Array, sizes: Sizes) -> tuple[Array, Array, Array, Array]:
     """Cut cosines and content weightings ``[R + 1, N]`` (the last is the write head's), backward and forward weightings
     ``[R, N]`` out of what follows the interface in a trace.
@@ -294,7 +255,7 @@ def _weightings_of(trace: Array, sizes: Sizes) -> tuple[Array, Array, Array, Arr
     )  # fmt: skip
 
 
-@_compiled
+@jit
 def _activate(emitted: Array, sizes: Sizes) -> None:
     """Keys and write vector by tanh, gates and erase vector by the sigmoid, strengths by softplus, modes by softmax."""
     read_keys, read_strengths, write_key, write_strength, erase, write_vector, free, gates, modes = _interface_of(
@@ -312,7 +273,7 @@ def _activate(emitted: Array, sizes: Sizes) -> None:
     gates[0], gates[1] = _sigmoid(gates[0]), _sigmoid(gates[1])
 
 
-@_compiled
+@jit
 def _activate_adjoint(emitted: Array, d_emitted: Array, sizes: Sizes) -> None:
     """Turn ``d_emitted [I]`` from after the activations, whose values ``emitted [I]`` holds, to before them."""
     read_keys, read_strengths, write_key, write_strength, erase, write_vector, free, gates, modes = _interface_of(
@@ -339,7 +300,7 @@ def _activate_adjoint(emitted: Array, d_emitted: Array, sizes: Sizes) -> None:
         d_gates[k] *= gates[k] * (one - gates[k])
 
 
-@_compiled
+@jit
 def _content(memory: Array, key: Array, strength: Any, norms: Array, cosine: Array, content: Array) -> None:
     """``C(M, k, β) = softmax(cos(M, k) β)``: fill cosine and content ``[N]``; ``norms [N]`` are those of the cells."""
     delta, norm = type(strength)(DELTA), _norm(key)
@@ -349,7 +310,7 @@ def _content(memory: Array, key: Array, strength: Any, norms: Array, cosine: Arr
     _softmax(content)
 
 
-@_compiled
+@jit
 def _content_adjoint(
     memory: Array, norms: Array, key: Array, strength: Any, cosine: Array, content: Array, d_content: Array,
     d_memory: Array, d_key: Array,
@@ -376,7 +337,7 @@ def _content_adjoint(
     return d_strength
 
 
-@_compiled
+@jit
 def _dot(a: Array, b: Array) -> Any:
     total = type(a[0])(0)
     for k in range(a.size):
@@ -384,18 +345,18 @@ def _dot(a: Array, b: Array) -> Any:
     return total
 
 
-@_compiled
+@jit
 def _norm(x: Array) -> Any:
     return type(x[0])(math.sqrt(_dot(x, x)))
 
 
-@_compiled
+@jit
 def _norms(memory: Array, norms: Array) -> None:
     for n in range(norms.size):
         norms[n] = _norm(memory[n])
 
 
-@_compiled
+@jit
 def _allocate(usage: Array, order: Array, allocation: Array) -> None:
     """``a[φ_j] = (1 - u'[φ_j]) Π_{i<j} u'[φ_i]`` with φ ascending in ``u' = δ + (1-δ) u``, ties by index."""
     one, delta = type(usage[0])(1), type(usage[0])(DELTA)
@@ -412,7 +373,7 @@ def _allocate(usage: Array, order: Array, allocation: Array) -> None:
         product *= floored
 
 
-@_compiled
+@jit
 def _allocate_adjoint(usage: Array, order: Array, d_allocation: Array, products: Array, d_usage: Array) -> None:
     """Add to ``d_usage [N]``; ``products [N]`` is scratch."""
     one, delta = type(usage[0])(1), type(usage[0])(DELTA)
@@ -427,7 +388,7 @@ def _allocate_adjoint(usage: Array, order: Array, d_allocation: Array, products:
         later += d * (one - floored) * products[j]
 
 
-@_Kernel
+@Kernel
 def access(interface: Array, before: Array, after: Array, features: Array, trace: Array, sizes: Sizes) -> None:
     """Write, then read: from ``interface [B, I]``, not yet activated, and the states ``before [B, S]`` fill read
     vectors and memory of the states ``after`` and the read vectors of ``features [B, H + R W]``.
@@ -496,7 +457,7 @@ def access(interface: Array, before: Array, after: Array, features: Array, trace
             after[row, 2 * hidden + k] = features[row, hidden + k]
 
 
-@_Kernel
+@Kernel
 def access_adjoint(
     trace: Array, before: Array, after: Array, d_features: Array, d_state: Array, d_interface: Array, sizes: Sizes
 ) -> None:

@@ -193,7 +193,7 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, policy_name: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
-    __slots__ = ("policy_name", "version", "versions", "observation_space", "action_space", "observation", "state", "state_fingerprint", "training", "limits", "server_epoch", "refused")
+    __slots__ = ("policy_name", "version", "versions", "observation_space", "action_space", "observation", "state", "state_fingerprint", "training", "limits", "server_epoch", "refused", "batch_invariant")
     POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -206,6 +206,7 @@ class GetPolicyResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SERVER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    BATCH_INVARIANT_FIELD_NUMBER: _ClassVar[int]
     policy_name: str
     version: int
     versions: _containers.RepeatedScalarFieldContainer[int]
@@ -218,7 +219,8 @@ class GetPolicyResponse(_message.Message):
     limits: Limits
     server_epoch: int
     refused: _containers.RepeatedCompositeFieldContainer[RefusedVersion]
-    def __init__(self, policy_name: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., observation_space: _Optional[_Union[Space, _Mapping]] = ..., action_space: _Optional[_Union[Space, _Mapping]] = ..., observation: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., state: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., state_fingerprint: _Optional[str] = ..., training: _Optional[_Union[TrainingProgress, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_epoch: _Optional[int] = ..., refused: _Optional[_Iterable[_Union[RefusedVersion, _Mapping]]] = ...) -> None: ...
+    batch_invariant: bool
+    def __init__(self, policy_name: _Optional[str] = ..., version: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., observation_space: _Optional[_Union[Space, _Mapping]] = ..., action_space: _Optional[_Union[Space, _Mapping]] = ..., observation: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., state: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., state_fingerprint: _Optional[str] = ..., training: _Optional[_Union[TrainingProgress, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., server_epoch: _Optional[int] = ..., refused: _Optional[_Iterable[_Union[RefusedVersion, _Mapping]]] = ..., batch_invariant: bool = ...) -> None: ...
 
 class RefusedVersion(_message.Message):
     __slots__ = ("version", "message")

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from torch import nn
 
 from serving import OBSERVATIONS, small_policy
 from tenuto_models import Checkpoint, TrainingProgress
-from tenuto_server.engine import Engine, ServedVersion, StepRows, choose_device
+from tenuto_server.engine import Engine, ServedVersion, choose_device
 from tenuto_server.errors import ConfigurationError
-from tenuto_server.packed_linear import pack_linear_layers
 from tenuto_server.policies import MismatchError, ServedPolicy
+from tenuto_server.step import StepRows
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
@@ -111,12 +110,13 @@ def test_rows_without_finite_results_are_marked_and_not_stored(memory: str) -> N
     assert any(tensor.any() for tensor in bench.version.arena.read(2).values())
 
 
-@pytest.mark.parametrize("head", ["actor.2", "critic.2"])
+@pytest.mark.parametrize("head", ["actor.2.bias", "critic.2.bias"])
 def test_neither_logits_nor_value_may_be_infinite(head: str) -> None:
     bench = Bench("cpu", "frameconv")
-    layer: Any = bench.version.policy.get_submodule(head)
-    layer._bias.fill_(torch.inf)
-    results = bench.engine.run(bench.version, bench.rows([0], flat_observations(1), 0))
+    policy = small_policy("frameconv")
+    policy.get_parameter(head).detach()[0] = torch.inf
+    version = bench.served.prepare(Checkpoint("policy", 2, policy, TrainingProgress(), 0.0), bench.engine)
+    results = bench.engine.run(version, bench.rows([0], flat_observations(1), 0))
     assert results.finite.tolist() == [False]
 
 
@@ -130,24 +130,6 @@ async def test_what_fails_after_a_job_reaches_its_caller() -> None:
     with pytest.raises(ZeroDivisionError):
         await engine.call(lambda: 1 // 0)
     engine.close()
-
-
-def test_every_row_count_has_a_bucket_that_holds_it() -> None:
-    engine = Engine(torch.device("cpu"), (4, 8, 16))
-    assert [engine.bucket_for(n) for n in (1, 4, 5, 8, 9, 16)] == [4, 4, 8, 8, 16, 16]
-
-
-def test_packed_layers_compute_the_layers_they_were_made_from() -> None:
-    plain = nn.Sequential(nn.Linear(37, 50), nn.LeakyReLU(), nn.Sequential(nn.Linear(50, 3)))
-    packed = nn.Sequential(nn.Linear(37, 50), nn.LeakyReLU(), nn.Sequential(nn.Linear(50, 3)))
-    packed.load_state_dict(plain.state_dict())
-    pack_linear_layers(packed)
-    x = torch.randn(100, 37)
-    with torch.inference_mode():
-        whole = packed(x)
-        torch.testing.assert_close(whole, plain(x), rtol=0, atol=1e-5)
-        for n in (1, 2, 3, 5, 64):
-            assert torch.equal(packed(x[:n]), whole[:n])
 
 
 def test_a_policy_of_another_shape_does_not_join_the_versions() -> None:
