@@ -175,7 +175,9 @@ async def publisher(repository: Path, memory: str, versions: dict[int, Policy], 
 async def test_no_session_ever_sees_anothers_state(tmp_path: Path, memory: str) -> None:
     versions = {1: small_policy(memory, seed=1)}
     publish(tmp_path, versions[1])
-    with ServerProcess(tmp_path, "--capacity", "40", "--max-batch", "16", "--idle-timeout-s", "60") as server:
+    # Steps that wait for company are there to be cancelled; without, they would be over too soon.
+    flags = ("--capacity", "40", "--max-batch", "16", "--max-wait-ms", "2", "--idle-timeout-s", "60")
+    with ServerProcess(tmp_path, *flags) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             storm, done = Storm(policy_pb2_grpc.PolicyServiceStub(channel), "policy", seed=0), asyncio.Event()
             publishing = asyncio.create_task(publisher(tmp_path, memory, versions, done))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -470,6 +471,44 @@ def test_a_bad_setting_ends_the_process_with_one_clear_line(
     command = [sys.executable, "-m", "tenuto_server.main", "--repository", str(tmp_path), *flags]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0 and message in ended.stderr and "Traceback" not in ended.stderr
+
+
+_BATCHES_MATTER = """
+import dataclasses
+from tenuto_server.host_step import HostStep
+def advance(self, rows, sound=HostStep.advance):
+    results = sound(self, rows)
+    return dataclasses.replace(results, values=results.values + len(rows) * 1e-6)
+HostStep.advance = advance
+"""
+"""A ``fault`` for ServerProcess: a device whose results depend on how many rows there are."""
+
+
+def test_deterministic_does_not_start_on_a_device_whose_results_depend_on_the_batch(tmp_path: Path) -> None:
+    publish(tmp_path, small_policy())
+    program = f"{_BATCHES_MATTER}\nfrom tenuto_server.main import main\nmain()"
+    flags = ["--repository", str(tmp_path), "--port", "0", "--metrics-port", "0", "--deterministic"]
+    ended = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert re.search(
+        r"deterministic: policy policy: results differ by up to \d.*e-.* between batches on cpu", ended.stderr
+    )
+
+
+def test_deterministic_refuses_a_later_policy_whose_results_depend_on_the_batch(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, "--deterministic", wait=False, fault=_BATCHES_MATTER) as server:
+        publish(tmp_path, small_policy())
+        wait_until(lambda: server.metric('tenuto_versions_refused_total{reason="failed"}'), "the refusal")
+        _, reason, metadata = refused(server.stub.GetPolicy, pb.GetPolicyRequest(policy_name="policy"))
+        assert reason == "POLICY_UNKNOWN" and "results differ" in metadata["refused_message"]
+
+
+def test_without_deterministic_such_a_device_is_used_and_told_of(tmp_path: Path) -> None:
+    publish(tmp_path, small_policy())
+    with ServerProcess(tmp_path, fault=_BATCHES_MATTER) as server:
+        assert not server.stub.GetPolicy(pb.GetPolicyRequest()).batch_invariant
+        assert server.metric('tenuto_batch_invariant{policy="policy"}') == 0
+        assert any("results differ" in line for line in server.log)
 
 
 def test_a_port_that_is_taken_is_named(own_server: ServerProcess, tmp_path: Path) -> None:

@@ -357,6 +357,7 @@ def test_http_face_answers_probes_and_prometheus(server: ServerProcess) -> None:
     for station in ("check", "admit", "submit", "gather", "run", "scatter", "reply"):
         assert server.metric(f'tenuto_station_seconds_count{{station="{station}"}}') > 0
     assert server.metric('tenuto_batch_invariant{policy="dnc"}') == 1
+    assert server.stub.GetPolicy(pb.GetPolicyRequest(policy_name="dnc")).batch_invariant
 
 
 @pytest.mark.parametrize("before", [0, 1])
