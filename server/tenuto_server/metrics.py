@@ -108,7 +108,7 @@ class Metrics:
             buckets=_SECONDS, registry=r,
         )  # fmt: skip
         self.batch_invariant = Gauge(
-            "tenuto_batch_invariant", "1 if all batch sizes gave the same bits in the self-test.", ["policy"],
+            "tenuto_batch_invariant", "1 if a session got the same bits in all batch sizes and places in the self-test.", ["policy"],
             registry=r,
         )  # fmt: skip
 
