@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -38,6 +39,7 @@ _MIN_ROWS_OF_A_THREAD = 32
 """Fewer are not worth waking a thread for."""
 _EPSILON = 1e-5
 """Of the layer normalisation."""
+_CALLED = digest(kernels, matmul, sampling)
 _LARGEST = float(np.finfo(np.float32).max)
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
 _MONOTONIC = 1
@@ -74,8 +76,6 @@ class Net(NamedTuple):
     """Place of the state after it."""
     rest: int
     """Place of what else the core needs."""
-    dnc: Sizes
-    """Zeros for a Frameconv."""
     categories: Array
     """int64: sizes of the categoricals; empty: the action is a Gaussian's."""
     scale: Array
@@ -204,9 +204,9 @@ _lstm, _access = kernels.lstm.inner, kernels.access.inner
 
 
 @jit
-def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free: int) -> Any:
+def _dnc(net: Net, sizes: Sizes, work: Array, at: int, stride: int, rows: int, size: int, free: int) -> Any:
     """The core: controller, memory access, output layer. Returns as _through."""
-    hidden, read = net.dnc.hidden, net.dnc.heads * net.dnc.width
+    hidden, read = sizes.hidden, sizes.heads * sizes.width
     inputs, outputs, place = net.layers[net.core]
     given = inputs - hidden - read
     for r in range(rows):
@@ -225,7 +225,7 @@ def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free
     place_of += rows * gates_width
     features = work[place_of : place_of + rows * (hidden + read)].reshape((rows, hidden + read))
     features_at = place_of
-    _lstm(gates, before, after, features, net.dnc)
+    _lstm(gates, before, after, features, sizes)
     place_of += rows * (hidden + read)
     inputs, outputs, place = net.layers[net.core + 1]
     interface_width = (outputs + LANES - 1) // LANES * LANES
@@ -233,9 +233,9 @@ def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free
     linear(work, features_at, hidden + read, rows, net.packed, place, inputs, outputs, work, place_of,
            interface_width, net.slopes[net.core + 1])  # fmt: skip
     place_of += rows * interface_width
-    trace_width = interface_width + (4 * net.dnc.heads + 2) * net.dnc.cells
+    trace_width = interface_width + (4 * sizes.heads + 2) * sizes.cells
     trace = work[place_of : place_of + rows * trace_width].reshape((rows, trace_width))
-    _access(interface, before, after, features, trace, net.dnc)
+    _access(interface, before, after, features, trace, sizes)
     return _through(net, net.core + 2, net.core + 3, work, features_at, hidden + read, rows, free, 1 - free)
 
 
@@ -336,9 +336,11 @@ def _scatter(batch: Batch, first: int, rows: int, state: Array, counters: Array,
             counters[slot] = steps[r] + 1
 
 
-def _make_step(memory: str, called: str) -> Kernel:
-    """The kernel for one kind of memory; ``called``: the digest of what it calls in other files."""
-    is_dnc = memory == "DNC"
+@cache
+def _step_for(dnc: Sizes | None) -> Kernel:
+    """The kernel for policies with a DNC of these sizes, which the compiler unrolls loops for, or with a Frameconv."""
+    called, is_dnc = _CALLED, dnc is not None
+    hidden, cells, width, heads = dnc or (0, 0, 0, 0)
 
     def step(
         net: Net, batch: Batch, first: int, last: int, state: Array, counters: Array, work: Array, spent: Array
@@ -358,7 +360,8 @@ def _make_step(memory: str, called: str) -> Kernel:
             at, stride, free = _features(net, batch, first, rows, steps, work)
             # Only one of the two is compiled.
             if is_dnc:
-                at, stride, free = _dnc(net, work, at, stride, rows, size, free)
+                sizes = Sizes(hidden, cells, width, heads)
+                at, stride, free = _dnc(net, sizes, work, at, stride, rows, size, free)
             else:
                 at, stride, free = _frameconv(net, work, at, stride, rows, size, free)
             _heads(net, batch, first, rows, work, at, stride, free)
@@ -369,11 +372,7 @@ def _make_step(memory: str, called: str) -> Kernel:
             spent[2] += _nanoseconds(clock) - ran
             first += rows
 
-    return Kernel(step, f"the {memory}'s step")
-
-
-_called = digest(kernels, matmul, sampling)
-_step_dnc, _step_frameconv = _make_step("DNC", _called), _make_step("Frameconv", _called)
+    return Kernel(step, "the DNC's step" if is_dnc else "the Frameconv's step")
 
 
 @dataclass(frozen=True)
@@ -404,13 +403,13 @@ class CompiledStep:
         core_layer = len(layers)
         core: Any = policy.core
         if isinstance(core, DNCCore):
-            self._step, dnc = _step_dnc, core.sizes
+            dnc = core.sizes
             layers.add(core.gates)
             layers.add(core.access.interface)
             layers.add(core.output)
             widths = (padded(4 * dnc.hidden), dnc.features, 2 * padded(dnc.interface), (4 * dnc.heads + 2) * dnc.cells)
         elif isinstance(core, FrameconvCore):
-            self._step, dnc, widths = _step_frameconv, Sizes(0, 0, 0, 0), ()
+            dnc, widths = None, ()
             layers.add(core.conv)
         else:
             raise ConfigError(f"memory: got {type(core).__name__}, expected a DNCCore or a FrameconvCore")
@@ -434,10 +433,10 @@ class CompiledStep:
             layers.packed(), np.array(layers.shapes, np.int64), np.array(layers.slopes, np.float32),
             np.empty(0) if embedding is None else embedding.turns.double().cpu().numpy(),
             0.0 if embedding is None else float(policy.embedding_strength.detach().clamp(0, 1)),
-            core_layer, post, actor, critic, width, inputs_at, before, after, rest, dnc,
+            core_layer, post, actor, critic, width, inputs_at, before, after, rest,
             np.array(categories, np.int64), scale.numpy(), shift.numpy(),
         )  # fmt: skip
-        self._state_size = state_size
+        self._step, self._state_size = _step_for(dnc), state_size
         self._distribution, self._num_logits = distribution, distribution.num_logits
         self._work = [np.empty(work_size, np.float32) for _ in range(threads)]
         self._helpers = ThreadPoolExecutor(threads - 1, "step") if threads > 1 else None

@@ -108,8 +108,9 @@ class Metrics:
             buckets=_SECONDS, registry=r,
         )  # fmt: skip
         self.batch_invariant = Gauge(
-            "tenuto_batch_invariant", "1 if a session got the same bits in all batch sizes and places in the self-test.", ["policy"],
-            registry=r,
+            "tenuto_batch_invariant",
+            "1 if a session got the same bits in all batch sizes and places in the self-test.",
+            ["policy"], registry=r,
         )  # fmt: skip
 
         # Sessions and episodes.
