@@ -189,7 +189,7 @@ class AsyncRemotePolicy:
 
     async def step(self, observation: Any, *, episode_start: bool = False, reward: float | None = None) -> StepResult:
         """As RemotePolicy.step. Cancelling it leaves the outcome unknown, which the next call settles."""
-        return await self._transport.run(self._session.step(observation, episode_start, reward))
+        return await self._transport.step(self._session, observation, episode_start, reward)
 
     async def close(self, reward: float | None = None) -> None:
         """As RemotePolicy.close."""
