@@ -33,8 +33,8 @@ class AioTransport:
     ) -> None:
         """Open nothing yet, so that it can be built outside the loop.
 
-        ``stream``: as in Transport. ``shared``: the connection is that of all others to this address, and Step travels
-        over their common stream.
+        ``stream``: StepBatch travels over one StepStream. ``shared``: the connection is that of all others to this
+        address, and Step travels over their common stream.
         """
         self._address, self._credentials, self._uses_stream = check_address(address), credentials, stream
         self._is_shared = shared
