@@ -12,6 +12,8 @@ from tenuto_client.address import check_address
 from tenuto_client.aio_stream import AioStepStream, open_channel
 from tenuto_client.effects import Call, Program, Sleep, T
 from tenuto_client.errors import ClientClosedError, TenutoError, error_from_rpc
+from tenuto_client.results import StepResult
+from tenuto_client.session import Session
 from tenuto_client.shared_stream import SharedStream
 from tenuto_client.transport import checked_reply, metadata_of
 from tenuto_proto.v1 import policy_pb2 as pb
@@ -31,8 +33,8 @@ class AioTransport:
     ) -> None:
         """Open nothing yet, so that it can be built outside the loop.
 
-        ``stream``: as in Transport. ``shared``: the connection is that of all others to this address, and Step travels
-        over their common stream.
+        ``stream``: StepBatch travels over one StepStream. ``shared``: the connection is that of all others to this
+        address, and Step travels over their common stream.
         """
         self._address, self._credentials, self._uses_stream = check_address(address), credentials, stream
         self._is_shared = shared
@@ -43,10 +45,28 @@ class AioTransport:
         self.is_closed = False
         """Whether close() was called."""
 
-    async def run(self, program: Program[T]) -> T:
-        """Carry a program out and return its result. Raises what it raises."""
+    async def step(self, session: Session, observation: Any, episode_start: bool, reward: float | None) -> StepResult:
+        """Make a session's step and return its result; over the shared stream the usual one costs no program."""
+        if self._shared is not None:
+            with session.alone:
+                step = session.begin(observation, episode_start, reward)
+                answer = None if step is None else await self._shared.send(step, session.first_attempt_s)
+                if isinstance(answer, StepResult):
+                    session.applied()
+                    return answer
+            if step is not None:
+                return await self.run(session.settle(step), [answer])
+        return await self.run(session.step(observation, episode_start, reward))
+
+    async def run(self, program: Program[T], answers: list[Any] | None = None) -> T:
+        """Carry a program out and return its result. Raises what it raises.
+
+        ``answers``: to the program's first effect, which was carried out before.
+        """
         try:
             effect = next(program)
+            if answers is not None:
+                effect = program.send(answers)
             while True:
                 if self.is_closed:
                     effect = program.throw(ClientClosedError("the policy was closed"))
@@ -79,8 +99,8 @@ class AioTransport:
         try:
             if self._stream is not None and isinstance(call.request, pb.StepBatchRequest):
                 return checked_reply(call, await self._stream.send(call.request, call.timeout_s))
-            if self._shared is not None and call.method == "Step":
-                return await self._shared.step(call)
+            if self._shared is not None and call.step is not None:
+                return await self._shared.send(call.step, call.timeout_s)
             method = getattr(self._stub, call.method)
             return await method(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
         except grpc.RpcError as error:

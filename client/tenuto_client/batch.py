@@ -19,9 +19,6 @@ from tenuto_proto.v1 import policy_pb2 as pb
 
 Rows = NDArray[np.int64]
 """Some of the rows 0 .. N - 1, ascending."""
-_ROW_OVERHEAD_BYTES = 8 + 10 + 1 + 4
-"""Id, index, flag and reward."""
-_REQUEST_OVERHEAD_BYTES = 1024
 QUEUE_SHARE = 0.8
 """Share of an attempt's time that rows may wait for the device, so that the server's refusal still arrives in time."""
 
@@ -64,13 +61,7 @@ class ObservationBatch:
 
     def chunks(self, rows: Rows, served: ServedPolicy) -> list[Rows]:
         """Cut rows into pieces that fit the server's limits on rows and bytes of a request."""
-        size = len(rows)
-        if served.max_batch_rows:
-            size = min(size, served.max_batch_rows)
-        if served.max_message_bytes:
-            row_bytes = sum(column[0].nbytes for column in self.columns.values()) + _ROW_OVERHEAD_BYTES
-            size = min(size, (served.max_message_bytes - _REQUEST_OVERHEAD_BYTES) // row_bytes)
-        size = max(size, 1)
+        size = max(min(len(rows), served.max_rows), 1)
         return [rows[first : first + size] for first in range(0, len(rows), size)]
 
     def request(

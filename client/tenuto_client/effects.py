@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf.message import Message
 
 if TYPE_CHECKING:
-    from tenuto_client.served import ServedPolicy
+    from tenuto_client.step import Step
 
 T = TypeVar("T")
 
@@ -30,8 +30,8 @@ class Call:
     """Sent as the metadata x-session-id; 0: the call is not about one session."""
     server_epoch: int = 0
     """Of the server where the session was opened, to tell a restart from an unknown session."""
-    served: ServedPolicy | None = None
-    """Of a Step: its policy. Steps of one policy may travel in one message, as a StepBatch."""
+    step: Step | None = None
+    """Of a Step: itself, for a transport that sends it over a stream and answers with its StepResult."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from gymnasium import Space
 
 SessionTransport = Literal["unary", "stream"]
-"""``unary``: a call per step on a connection of its own; ``stream``: all policies of an event loop share a connection
-to the server and its stream, on which steps that are ready together travel in one message: far cheaper for both sides.
+"""``unary``: a call per step; ``stream``: a message on a stream, which is sooner there and cheaper for the server. All
+AsyncRemotePolicy of an event loop share a connection to the server and its stream, where steps that are ready together
+travel in one message: far cheaper for both sides.
 """
 
 
@@ -39,6 +40,7 @@ class RemotePolicy:
         address: str,
         policy_name: str = "",
         *,
+        transport: SessionTransport = "unary",
         version: int = 0,
         seed: int | None = None,
         deterministic: bool = False,
@@ -47,11 +49,13 @@ class RemotePolicy:
         wait_for_policy_s: float = 0.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """Connect with the first use. ``address`` is host:port; the other arguments are explained in PolicyOptions."""
+        """Connect with the first use. ``address`` is host:port, ``transport`` is explained in SessionTransport, the
+        other arguments are in PolicyOptions.
+        """
         self._session = Session(
             PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
         )
-        self._transport = Transport(address, credentials)
+        self._transport = Transport(address, credentials, stream=is_stream(transport))
 
     def connect(self, on_wait: OnWait = None) -> ServedPolicy:
         """Find the policy and open a session now rather than with the first step. Repeating it does nothing.
@@ -103,7 +107,7 @@ class RemotePolicy:
         Where the session is gone (SessionGoneError: the server restarted, or the idle timeout passed) the running
         episode is lost. An episode's first step opens a new session by itself.
         """
-        return self._transport.run(self._session.step(observation, episode_start, reward))
+        return self._transport.step(self._session, observation, episode_start, reward)
 
     def close(self, reward: float | None = None) -> None:
         """End the session, with the reward of its last action, and the connection. Repeating it does nothing."""
@@ -144,13 +148,11 @@ class AsyncRemotePolicy:
         wait_for_policy_s: float = 0.0,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """As RemotePolicy's. ``transport``: see SessionTransport."""
+        """As RemotePolicy's."""
         self._session = Session(
             PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
         )
-        if transport not in ("unary", "stream"):
-            raise ValueError(f"transport: got {transport!r}, expected 'unary' or 'stream'")
-        self._transport = AioTransport(address, credentials, shared=transport == "stream")
+        self._transport = AioTransport(address, credentials, shared=is_stream(transport))
 
     async def connect(self, on_wait: OnWait = None) -> ServedPolicy:
         """As RemotePolicy.connect."""
@@ -189,7 +191,7 @@ class AsyncRemotePolicy:
 
     async def step(self, observation: Any, *, episode_start: bool = False, reward: float | None = None) -> StepResult:
         """As RemotePolicy.step. Cancelling it leaves the outcome unknown, which the next call settles."""
-        return await self._transport.run(self._session.step(observation, episode_start, reward))
+        return await self._transport.step(self._session, observation, episode_start, reward)
 
     async def close(self, reward: float | None = None) -> None:
         """As RemotePolicy.close."""
@@ -211,3 +213,10 @@ class AsyncRemotePolicy:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def is_stream(transport: str) -> bool:
+    """Check the argument. Raises ValueError."""
+    if transport not in ("unary", "stream"):
+        raise ValueError(f"transport: got {transport!r}, expected 'unary' or 'stream'")
+    return transport == "stream"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +31,10 @@ from tenuto_proto.v1 import policy_pb2 as pb
 
 if TYPE_CHECKING:
     from gymnasium import Space
+
+_ROW_OVERHEAD_BYTES = 8 + 10 + 1 + 4
+"""Id, index, flag and reward."""
+_REQUEST_OVERHEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,19 @@ class ServedPolicy:
             and self.wire.action_space == other.wire.action_space
         )
 
-    def pack(self, observation: Any, num_rows: int | None = None) -> list[pb.NamedTensor]:
-        """Pack an observation, or a batch of them. Raises ObservationError."""
+    def pack(self, observations: Any, num_rows: int) -> list[pb.NamedTensor]:
+        """Pack a batch of observations. Raises ObservationError."""
         try:
-            return self.codec.pack(observation, num_rows)
+            return self.codec.pack(observations, num_rows)
         except WireError as error:
             # The first error says the same, one level down.
+            raise error_from_wire(error, self._hint(observations)) from None
+
+    def pack_row(self, observation: Any) -> tuple[bytes, ...]:
+        """Pack one observation, see ObservationCodec.pack_row. Raises ObservationError."""
+        try:
+            return self.codec.pack_row(observation)
+        except WireError as error:
             raise error_from_wire(error, self._hint(observation)) from None
 
     def _hint(self, observation: Any) -> str:
@@ -104,10 +117,18 @@ class ServedPolicy:
             return "; POPGym environments must be made with tenuto_envs.make, which adds the previous action"
         return ""
 
+    def actions(self, tensor: pb.Tensor, num_rows: int) -> list[Any]:
+        """Read actions, ``[num_rows, *shape]``: ints for Discrete, else an array of its own each.
+
+        Raises UnexpectedReplyError.
+        """
+        array = self.array(tensor, (num_rows, *self.action_dtype_and_shape[1]))
+        return array.tolist() if self._is_discrete else [row.copy() for row in array]
+
     def action(self, tensor: pb.Tensor) -> Any:
         """Read one action: an int for Discrete, else an array of its own. Raises UnexpectedReplyError."""
         array = self.array(tensor, self.action_dtype_and_shape[1])
-        return int(array) if self.wire.action_space.WhichOneof("kind") == "discrete" else array.copy()
+        return int(array) if self._is_discrete else array.copy()
 
     def array(self, tensor: pb.Tensor, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
         """Read a tensor of a reply (read-only). Raises UnexpectedReplyError where it is not of ``shape``."""
@@ -119,15 +140,23 @@ class ServedPolicy:
             raise UnexpectedReplyError(f"reply: got a tensor of shape {array.shape}, expected {shape}")
         return array
 
-    @property
+    @cached_property
     def action_dtype_and_shape(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
         """Of one element of the action space."""
         return action_dtype_and_shape(self.wire.action_space)
 
-    def max_rows_of(self, row: Message) -> int:
-        """How many steps of this size one message can carry."""
-        fitting = self.max_message_bytes // (row.ByteSize() + 32) if self.max_message_bytes else self.max_batch_rows
-        return max(1, min(fitting, self.max_batch_rows))
+    @cached_property
+    def _is_discrete(self) -> bool:
+        return self.wire.action_space.WhichOneof("kind") == "discrete"
+
+    @cached_property
+    def max_rows(self) -> int:
+        """Steps that surely fit the server's limits on rows and bytes of a request; 0: perhaps not even one."""
+        most = self.max_batch_rows or 2**31
+        if not self.max_message_bytes:
+            return most
+        row_bytes = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.codec.leaves) + _ROW_OVERHEAD_BYTES
+        return min(most, max(self.max_message_bytes - _REQUEST_OVERHEAD_BYTES, 0) // row_bytes)
 
     def refuse_too_large(self, request: Message) -> None:
         """Raise MessageTooLargeError where the server would refuse the request for its size."""

@@ -6,8 +6,6 @@ Owned by one caller: a second method while one is under way is refused with Runt
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 from tenuto_client.effects import Call, Program
@@ -19,9 +17,10 @@ from tenuto_client.errors import (
     UnexpectedReplyError,
 )
 from tenuto_client.options import OnWait, PolicyOptions
-from tenuto_client.results import StepResult, Timings
+from tenuto_client.results import StepResult
 from tenuto_client.retry import Deadline, attempt, is_transient, noticing
 from tenuto_client.served import ServedPolicy, find_policy
+from tenuto_client.step import Leaves, Step, StepForm
 from tenuto_proto.v1 import policy_pb2 as pb
 
 CLOSE_TIMEOUT_S = 1.0
@@ -74,25 +73,26 @@ def refresh_policy(
 
 
 class OneAtATime:
-    """Refuses a second method while one is under way."""
+    """Refuses a second method while one is under way: a context for the length of a method."""
 
     def __init__(self) -> None:
         self._busy = False
 
-    @contextmanager
-    def __call__(self) -> Generator[None]:
-        """Hold for the length of a method."""
+    def __enter__(self) -> None:
         if self._busy:
             raise RuntimeError("a method of this policy is under way in another thread or task; use one policy each")
         self._busy = True
-        try:
-            yield
-        finally:
-            self._busy = False
+
+    def __exit__(self, *_: object) -> None:
+        self._busy = False
 
 
 class Session:
-    """One environment at one server. Its methods are programs, see effects.py."""
+    """One environment at one server. Its methods are programs, see effects.py.
+
+    But for the usual step over a stream, which needs none: a transport takes it from :meth:`begin`, sends it, and gives
+    the answer to :meth:`applied`, or to the program :meth:`settle`, all of it while holding ``alone``.
+    """
 
     def __init__(self, options: PolicyOptions) -> None:
         self.options = options
@@ -101,14 +101,19 @@ class Session:
         """0: no session is open."""
         self.step_index = 0
         """Of the next step."""
+        self.alone = OneAtATime()
+        self.first_attempt_s = options.timing.deadline(options.timeout_s).attempt_s()
+        """Timeout of a step's first attempt."""
         self._opening = 0
         """The id of a session that the server has perhaps opened, though nobody heard of it; 0: none."""
-        self._server_epoch = 0
+        self._form: StepForm | None = None
+        """Of the steps of the open session."""
         self._begins_next = True
         self._gone: TenutoError | None = None
-        self._pending: pb.StepRequest | None = None
+        self._pending: Step | None = None
         """Sent, and perhaps applied; the same step_index must not be used for another observation."""
-        self._alone = OneAtATime()
+        self._began_s = 0.0
+        """When the usual step that is under way began, by the clock of the options."""
 
     def reset(self) -> None:
         """Mark that the next step begins an episode."""
@@ -116,33 +121,49 @@ class Session:
 
     def connect(self, on_wait: OnWait = None) -> Program[ServedPolicy]:
         """Find the policy and open a session, if there is none."""
-        with self._alone():
+        with self.alone:
             return (yield from self._connect(on_wait))
 
     def step(self, observation: Any, episode_start: bool, reward: float | None) -> Program[StepResult]:
         """Apply one observation exactly once and return the action, see RemotePolicy.step."""
-        with self._alone():
+        with self.alone:
             if self._gone is not None and not (episode_start or self._begins_next):
                 raise self._gone.with_traceback(None)
             served = yield from self._connect()
             begins = episode_start or self._begins_next
-            tensors = served.pack(observation)
+            leaves = served.pack_row(observation)
             deadline = self.options.timing.deadline(self.options.timeout_s)
-            try:
-                reply = yield from self._deliver(tensors, begins, reward, deadline)
-            except TenutoError as error:
-                # The episode that begins takes nothing over from the session before.
-                if not (begins and needs_new_session(error)):
-                    raise
-                _log.warning("session %d is replaced at an episode's start: %s", self.session_id, error)
-                yield from self._abandon(reward)
-                yield from self._open(deadline, wait=False)
-                reply = yield from self._deliver(tensors, begins, None, deadline)
-            return self._result(reply)
+            return (yield from self._finish(leaves, begins, reward, deadline))
+
+    def begin(self, observation: Any, episode_start: bool, reward: float | None) -> Step | None:
+        """Return the usual step, pending from now on; None where there is more to do than to send it: use step().
+
+        Raises ObservationError.
+        """
+        form = self._form
+        if form is None or not self.session_id or self._pending is not None or not form.served.max_rows:
+            return None
+        leaves = form.served.pack_row(observation)
+        step = Step(form, self.session_id, self.step_index, episode_start or self._begins_next, reward, leaves)
+        self._pending, self._begins_next = step, False
+        self._began_s = self.options.timing.clock()
+        return step
+
+    def applied(self) -> None:
+        """Note that the usual step was applied."""
+        self._pending = None
+        self.step_index += 1
+
+    def settle(self, step: Step) -> Program[StepResult]:
+        """Go on with the usual step, whose first attempt has failed: that is the answer to the first effect."""
+        with self.alone:
+            total_s = self.options.timeout_s
+            deadline = Deadline(self.options.timing, total_s, self._began_s + total_s)
+            return (yield from self._finish(step.leaves, step.begins, step.reward, deadline))
 
     def close(self, reward: float | None) -> Program[None]:
         """End the session. Raises nothing where the server cannot be reached: it ends the session when it is idle."""
-        with self._alone():
+        with self.alone:
             if not self.session_id:
                 self.session_id, self._opening, reward = self._opening, 0, None
             yield from self._abandon(reward)
@@ -171,49 +192,53 @@ class Session:
                 self._opening = 0
             raise
         self._opening = 0
-        self.session_id, self._server_epoch = session_id, reply.server_epoch
+        self.session_id, self._form = session_id, StepForm(self.served, reply.server_epoch, self.options)
         self.step_index, self._pending, self._gone, self._begins_next = 0, None, None, True
 
-    def _deliver(
-        self, tensors: list[pb.NamedTensor], begins: bool, reward: float | None, deadline: Deadline
-    ) -> Program[pb.StepResponse]:
+    def _finish(self, leaves: Leaves, begins: bool, reward: float | None, deadline: Deadline) -> Program[StepResult]:
+        """Apply an observation; in a new session where it begins an episode and the old session is of no use."""
+        try:
+            return (yield from self._deliver(leaves, begins, reward, deadline))
+        except TenutoError as error:
+            # The episode that begins takes nothing over from the session before.
+            if not (begins and needs_new_session(error)):
+                raise
+            _log.warning("session %d is replaced at an episode's start: %s", self.session_id, error)
+        yield from self._abandon(reward)
+        yield from self._open(deadline, wait=False)
+        return (yield from self._deliver(leaves, begins, None, deadline))
+
+    def _deliver(self, leaves: Leaves, begins: bool, reward: float | None, deadline: Deadline) -> Program[StepResult]:
         """Settle a pending step of another observation, then apply this one."""
         pending = self._pending
         if pending is not None:
-            if list(pending.observation) == tensors and (pending.episode_start or not begins):
+            if pending.leaves == leaves and (pending.begins or not begins):
                 return (yield from self._apply(pending, deadline))
             yield from self._apply(pending, deadline)
-        request = pb.StepRequest(
-            session_id=self.session_id,
-            step_index=self.step_index,
-            episode_start=begins,
-            observation=tensors,
-            reward=reward,
-            outputs=self.options.outputs_to_wire(),
-        )
-        assert self.served is not None
-        self.served.refuse_too_large(request)
-        return (yield from self._apply(request, deadline))
+        assert self._form is not None
+        step = Step(self._form, self.session_id, self.step_index, begins, reward, leaves)
+        self._form.served.refuse_too_large(step.request())
+        return (yield from self._apply(step, deadline))
 
-    def _apply(self, request: pb.StepRequest, deadline: Deadline) -> Program[pb.StepResponse]:
+    def _apply(self, step: Step, deadline: Deadline) -> Program[StepResult]:
         # Pending before it is sent: whatever interrupts this program, the index is not used for anything else.
-        self._pending, self._begins_next = request, False
+        self._pending, self._begins_next = step, False
+        request = step.request()
         try:
-            reply: pb.StepResponse = yield from attempt(
-                lambda timeout_s: Call("Step", request, timeout_s, self.session_id, self._server_epoch, self.served),
+            answer: pb.StepResponse | StepResult = yield from attempt(
+                lambda timeout_s: Call("Step", request, timeout_s, step.session_id, step.form.server_epoch, step),
                 deadline,
             )
         except TenutoError as error:
             if not error.outcome_unknown:
-                self._pending, self._begins_next = None, request.episode_start
+                self._pending, self._begins_next = None, step.begins
             if isinstance(error, SessionGoneError):
                 self.session_id, self._gone = 0, error
             raise
-        if reply.step_index != request.step_index:
-            raise UnexpectedReplyError(f"reply: got step index {reply.step_index}, expected {request.step_index}")
-        self._pending = None
-        self.step_index += 1
-        return reply
+        if answer.step_index != step.step_index:
+            raise UnexpectedReplyError(f"reply: got step index {answer.step_index}, expected {step.step_index}")
+        self.applied()
+        return answer if isinstance(answer, StepResult) else step.result(answer)
 
     def _abandon(self, reward: float | None) -> Program[None]:
         session_id, self.session_id = self.session_id, 0
@@ -225,15 +250,3 @@ class Session:
             yield from attempt(lambda timeout_s: Call("CloseSession", request, timeout_s, session_id), deadline)
         except TenutoError as error:
             _log.debug("closing session %d: %s", session_id, error)
-
-    def _result(self, reply: pb.StepResponse) -> StepResult:
-        assert self.served is not None
-        return StepResult(
-            action=self.served.action(reply.action),
-            value=reply.value if reply.HasField("value") else None,
-            log_prob=reply.log_prob if reply.HasField("log_prob") else None,
-            logits=self.served.array(reply.logits).copy() if reply.HasField("logits") else None,
-            version=reply.version,
-            step_index=reply.step_index,
-            timings=Timings.from_wire(reply.timings),
-        )

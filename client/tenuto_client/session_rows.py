@@ -75,7 +75,7 @@ class SessionRows:
 
     def connect(self, on_wait: OnWait = None) -> Program[ServedPolicy]:
         """Find the policy and open the sessions that are missing; all or none."""
-        with self._alone():
+        with self._alone:
             return (yield from self._connect(np.arange(self.num_envs), on_wait))
 
     def step(
@@ -87,7 +87,7 @@ class SessionRows:
         raise_errors: bool,
     ) -> Program[VectorStepResult]:
         """Apply one observation per row exactly once, see RemoteVectorPolicy.step."""
-        with self._alone():
+        with self._alone:
             rows: Rows = np.flatnonzero(self._column("mask", mask, np.bool_, True))
             starts = self._column("episode_starts", episode_starts, np.bool_, False)
             earned = self._column("rewards", rewards, np.float32, np.nan)
@@ -109,7 +109,7 @@ class SessionRows:
 
     def close(self, rewards: ArrayLike | None) -> Program[None]:
         """End the sessions. Raises nothing where the server cannot be reached: it ends them when they are idle."""
-        with self._alone():
+        with self._alone:
             earned = self._column("rewards", rewards, np.float32, np.nan)
             yield from self._open_rows.close_all(earned)
 

@@ -1,34 +1,29 @@
 """The steps of many sessions over one StepStream: those that are ready together travel in one message, both ways.
 
-Nothing waits for company: what is ready in one turn of the event loop goes out at its end, in as few messages as the
-server's limits allow.
+Nothing waits for company: a message takes in what is ready until the stream can send it, which is at the end of the
+turn of the event loop, or when the message before it is written.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from math import inf
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import grpc
 import grpc.aio
-import numpy as np
 
-from tenuto_client.aio_stream import AioStepStream, open_channel
-from tenuto_client.effects import Call
-from tenuto_client.errors import (
-    ClientClosedError,
-    TenutoError,
-    UnexpectedReplyError,
-    error_from_message,
-    error_from_rpc,
-)
+from tenuto_client.aio_stream import AioStepStream, Connection, open_channel
+from tenuto_client.errors import TenutoError, error_from_rpc
+from tenuto_client.step import Answer, Step, StepForm
 from tenuto_client.stream import stream_silent
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
 
 _Key = tuple[str, grpc.ChannelCredentials | None]
+_Row = tuple[Step, asyncio.Future[Answer], float, float]
+"""A step, its waiter, its timeout in seconds, and until when it waits, by the loop's clock."""
 
 
 class SharedStream:
@@ -42,8 +37,8 @@ class SharedStream:
         self.channel, self.stub = channel, PolicyServiceStub(channel)
         self._stream = AioStepStream(self.stub.StepStream)
         self._loop = asyncio.get_running_loop()
-        self._ready: list[_Row] = []
-        self._messages: set[asyncio.Task[None]] = set()
+        self._filling: dict[Any, _Message] = {}
+        """By the key of its steps' form: a message that still takes rows in."""
 
     @classmethod
     def acquire(cls, address: str, credentials: grpc.ChannelCredentials | None) -> SharedStream:
@@ -63,143 +58,65 @@ class SharedStream:
             await self._stream.close()
             await self.channel.close()
 
-    async def step(self, call: Call) -> pb.StepResponse | TenutoError:
-        """Send a Step as a row of a message and return its reply or its error."""
-        row = _Row(call, self._loop.create_future())
-        if not self._ready:
-            self._loop.call_soon(self._send)
-        self._ready.append(row)
-        timer = self._loop.call_later(call.timeout_s, row.expire)
-        try:
-            return await row.reply
-        finally:
-            timer.cancel()
+    def send(self, step: Step, timeout_s: float) -> asyncio.Future[Answer]:
+        """Send a step as a row of a message; the future gets what becomes of it. Raises ClientClosedError."""
+        message = self._filling.get(step.form.key)
+        if message is None or len(message.rows) >= message.max_rows:
+            message = _Message(step.form, self._filling)
+            message.connection = self._stream.post(message)
+            self._filling[step.form.key] = message
+        reply: asyncio.Future[Answer] = self._loop.create_future()
+        end_s = self._loop.time() + timeout_s
+        message.rows.append((step, reply, timeout_s, end_s))
+        message.connection.watch(end_s)
+        return reply
 
-    def _send(self) -> None:
-        """Send what is ready, the rows of one policy together."""
-        ready, self._ready = self._ready, []
-        groups: dict[Any, list[_Row]] = {}
-        for row in ready:
-            assert row.call.served is not None
-            outputs = row.request.outputs
-            key = (row.call.served.policy_name, outputs.value, outputs.log_prob, outputs.logits)
-            groups.setdefault(key, []).append(row)
-        for rows in groups.values():
-            first_call = rows[0].call
-            assert first_call.served is not None
-            most = first_call.served.max_rows_of(first_call.request)
-            for first in range(0, len(rows), most):
-                message = asyncio.create_task(self._exchange(rows[first : first + most]))
-                self._messages.add(message)
-                message.add_done_callback(self._messages.discard)
 
-    async def _exchange(self, rows: list[_Row]) -> None:
-        try:
-            response = await self._stream.send(_merged(rows), max(row.call.timeout_s for row in rows))
-        except grpc.RpcError as error:
-            for row in rows:
-                row.settle(error_from_rpc(error, row.call.server_epoch))
-        except asyncio.CancelledError:
-            for row in rows:
-                row.settle(ClientClosedError("the policy was closed"))
-            raise
-        except TenutoError as error:
-            for row in rows:
-                # Each waiter raises an exception of its own.
-                row.settle(type(error)(*error.args, code=error.code))
+class _Message:
+    """Steps of one form that travel together."""
+
+    connection: Connection
+    """Where it was posted."""
+
+    def __init__(self, form: StepForm, filling: dict[Any, _Message]) -> None:
+        """Be empty. ``filling``: where it stands while it takes rows in."""
+        self._form, self._filling = form, filling
+        self.rows: list[_Row] = []
+        self.max_rows = max(form.served.max_rows, 1)
+
+    def request(self) -> pb.StepBatchRequest:
+        """Take no more rows in and return them as one request."""
+        self._leave()
+        return self._form.join([row[0] for row in self.rows], max(row[2] for row in self.rows))
+
+    def settle(self, outcome: pb.StepBatchResponse | Exception) -> None:
+        """Give each waiter that is still there its part of the answer, or an error of its own."""
+        self._leave()
+        if isinstance(outcome, pb.StepBatchResponse):
+            answers = self._form.cut([row[0] for row in self.rows], outcome)
         else:
-            _distribute(response, rows)
+            answers = [_copied(outcome, row[0]) for row in self.rows]
+        for (_, reply, _, _), answer in zip(self.rows, answers, strict=True):
+            if not reply.done():
+                reply.set_result(answer)
+
+    def expire(self, now_s: float) -> float:
+        """See aio_stream.Message."""
+        next_s = inf
+        for _, reply, timeout_s, end_s in self.rows:
+            if now_s < end_s:
+                next_s = min(next_s, end_s)
+            elif not reply.done():
+                reply.set_result(stream_silent(timeout_s))
+        return next_s
+
+    def _leave(self) -> None:
+        if self._filling.get(self._form.key) is self:
+            del self._filling[self._form.key]
 
 
-class _Row:
-    """A step on its way."""
-
-    __slots__ = ("call", "reply", "request")
-
-    def __init__(self, call: Call, reply: asyncio.Future[pb.StepResponse | TenutoError]) -> None:
-        self.call, self.reply = call, reply
-        self.request: Any = call.request
-
-    def expire(self) -> None:
-        """Answer that the time is up."""
-        self.settle(stream_silent(self.call.timeout_s))
-
-    def settle(self, outcome: pb.StepResponse | TenutoError) -> None:
-        """Answer, unless the waiter is gone."""
-        if not self.reply.done():
-            self.reply.set_result(outcome)
-
-
-def _merged(rows: Sequence[_Row]) -> pb.StepBatchRequest:
-    """One message of the requests of one policy."""
-    requests: list[pb.StepRequest] = [row.request for row in rows]
-    merged = pb.StepBatchRequest(
-        session_ids=[r.session_id for r in requests],
-        step_indices=[r.step_index for r in requests],
-        episode_starts=[r.episode_start for r in requests],
-        rewards=[r.reward if r.HasField("reward") else np.nan for r in requests],
-        outputs=requests[0].outputs,
-        queue_timeout_ms=max(1, int(1e3 * max(row.call.timeout_s for row in rows))),
-    )
-    for column in zip(*(r.observation for r in requests), strict=True):
-        first = column[0].tensor
-        tensor = pb.Tensor(
-            dtype=first.dtype, shape=[len(requests), *first.shape], data=b"".join(leaf.tensor.data for leaf in column)
-        )
-        merged.observations.append(pb.NamedTensor(name=column[0].name, tensor=tensor))
-    return merged
-
-
-def _distribute(response: pb.StepBatchResponse, rows: Sequence[_Row]) -> None:
-    """Answer each row with its part of a reply."""
-    if response.HasField("error"):
-        for row in rows:
-            row.settle(error_from_message(response.error, row.call.server_epoch))
-        return
-    failed = {e.row: e.error for e in response.errors}
-    try:
-        columns = {name: _RowsOf(getattr(response, name), len(rows)) for name in _COLUMNS if response.HasField(name)}
-        versions = list(response.versions)
-        if len(versions) != len(rows):
-            raise UnexpectedReplyError(f"reply: got {len(versions)} versions, expected {len(rows)}")
-    except UnexpectedReplyError as error:
-        for row in rows:
-            row.settle(UnexpectedReplyError(*error.args))
-        return
-    for i, row in enumerate(rows):
-        if i in failed:
-            row.settle(error_from_message(failed[i], row.call.server_epoch))
-            continue
-        reply = pb.StepResponse(
-            step_index=row.request.step_index, version=versions[i], timings=response.timings,
-            action=columns["actions"].tensor(i) if "actions" in columns else None,
-            logits=columns["logits"].tensor(i) if "logits" in columns else None,
-        )  # fmt: skip
-        if "values" in columns:
-            reply.value = columns["values"].number(i)
-        if "log_probs" in columns:
-            reply.log_prob = columns["log_probs"].number(i)
-        row.settle(reply)
-
-
-_COLUMNS = ("actions", "values", "log_probs", "logits")
-
-
-class _RowsOf:
-    """The rows of a tensor ``[n, ...]``."""
-
-    def __init__(self, tensor: pb.Tensor, num_rows: int) -> None:
-        if not tensor.shape or tensor.shape[0] != num_rows or len(tensor.data) % num_rows:
-            raise UnexpectedReplyError(f"reply: got a tensor of shape {list(tensor.shape)}, expected {num_rows} rows")
-        self._dtype, self._shape, self._data = tensor.dtype, tensor.shape[1:], tensor.data
-        self._size = len(tensor.data) // num_rows
-
-    def tensor(self, row: int) -> pb.Tensor:
-        return pb.Tensor(
-            dtype=self._dtype, shape=self._shape, data=self._data[row * self._size : (row + 1) * self._size]
-        )
-
-    def number(self, row: int) -> float:
-        if self._size != 4:
-            raise UnexpectedReplyError(f"reply: got {self._size} bytes for a float32, expected 4")
-        return float(np.frombuffer(self._data, "<f4", 1, row * 4)[0])
+def _copied(error: Exception, step: Step) -> TenutoError:
+    """Return what a step's waiter is told of an error that it has in common with others."""
+    if isinstance(error, TenutoError):
+        return type(error)(*error.args, code=error.code)
+    return error_from_rpc(error, step.form.server_epoch)

@@ -86,6 +86,8 @@ class _Connection:
         self._waiters: dict[int, Reply] = {}
         self._last_id = 0
         self.is_broken = False
+        self._error: Exception = stream_ended()
+        """Why there are no more answers, where it is broken."""
         self._call = method(iter(self._outbox.get, None))
         threading.Thread(target=self._read, name="tenuto-stream", daemon=True).start()
 
@@ -96,7 +98,7 @@ class _Connection:
             self._last_id += 1
             request.request_id = self._last_id
             if self.is_broken:
-                reply.set_exception(stream_ended())
+                reply.set_exception(self._error)
             else:
                 self._waiters[self._last_id] = reply
                 self._outbox.put(request)
@@ -114,7 +116,6 @@ class _Connection:
         self._call.cancel()
 
     def _read(self) -> None:
-        error: Exception = stream_ended()
         try:
             for response in self._call:
                 with self._lock:
@@ -122,7 +123,7 @@ class _Connection:
                 if reply is not None:
                     reply.set_result(response)
         except grpc.RpcError as rpc_error:
-            error = rpc_error
+            self._error = rpc_error
         finally:
             with self._lock:
                 self.is_broken = True
@@ -130,4 +131,4 @@ class _Connection:
             # Ends the thread in which gRPC iterates over the outbox.
             self._outbox.put(None)
             for reply in waiters:
-                reply.set_exception(error)
+                reply.set_exception(self._error)

@@ -11,6 +11,9 @@ import grpc
 from tenuto_client.address import check_address
 from tenuto_client.effects import Call, Program, Sleep, T
 from tenuto_client.errors import ClientClosedError, TenutoError, error_from_message, error_from_rpc
+from tenuto_client.results import StepResult
+from tenuto_client.session import Session
+from tenuto_client.step import Answer, Step
 from tenuto_client.stream import StepStream
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
@@ -56,7 +59,7 @@ class Transport:
         *,
         stream: bool = False,
     ) -> None:
-        """Connect lazily, with the first call. ``stream``: StepBatch travels over one StepStream.
+        """Connect lazily, with the first call. ``stream``: Step and StepBatch travel over one StepStream.
 
         Raises ValueError for an address at which no server can be.
         """
@@ -70,10 +73,28 @@ class Transport:
         self.is_closed = False
         """Whether close() was called."""
 
-    def run(self, program: Program[T]) -> T:
-        """Carry a program out and return its result. Raises what it raises."""
+    def step(self, session: Session, observation: Any, episode_start: bool, reward: float | None) -> StepResult:
+        """Make a session's step and return its result; over the stream the usual one costs no program."""
+        if self._stream is not None:
+            with session.alone:
+                step = session.begin(observation, episode_start, reward)
+                answer = None if step is None else self._stepped(self._stream, step, session.first_attempt_s)
+                if isinstance(answer, StepResult):
+                    session.applied()
+                    return answer
+            if step is not None:
+                return self.run(session.settle(step), [answer])
+        return self.run(session.step(observation, episode_start, reward))
+
+    def run(self, program: Program[T], answers: list[Any] | None = None) -> T:
+        """Carry a program out and return its result. Raises what it raises.
+
+        ``answers``: to the program's first effect, which was carried out before.
+        """
         try:
             effect = next(program)
+            if answers is not None:
+                effect = program.send(answers)
             while True:
                 if self.is_closed:
                     effect = program.throw(ClientClosedError("the policy was closed"))
@@ -96,7 +117,10 @@ class Transport:
 
     def _make(self, calls: Sequence[Call]) -> list[Any]:
         if len(calls) == 1 and (self._stream is None or calls[0].method != "StepBatch"):
-            return [self._blocking(calls[0])]
+            [call] = calls
+            if self._stream is not None and call.step is not None:
+                return [self._stepped(self._stream, call.step, call.timeout_s)]
+            return [self._blocking(call)]
         try:
             started = [self._start(call) for call in calls]
         except ValueError as error:
@@ -111,6 +135,17 @@ class Transport:
         except ValueError as error:
             # What gRPC raises on a channel that another thread has just closed.
             return self._if_closed(error)
+
+    def _stepped(self, stream: StepStream, step: Step, timeout_s: float) -> Answer:
+        try:
+            reply = stream.send(step.form.join([step], timeout_s), timeout_s).result()
+        except grpc.RpcError as error:
+            return error_from_rpc(error, step.form.server_epoch)
+        except TenutoError as error:
+            return error
+        except ValueError as error:
+            return self._if_closed(error)
+        return step.form.cut([step], reply)[0]
 
     def _start(self, call: Call) -> Any:
         if self._stream is not None and isinstance(call.request, pb.StepBatchRequest):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenuto_proto.errors import WireError
-from tenuto_proto.tensors import DTYPES, MAX_DIMENSIONS, WIRE_DTYPES, array_from_wire, array_to_wire
+from tenuto_proto.tensors import DTYPES, MAX_DIMENSIONS, WIRE_DTYPES, array_bytes, array_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 
 Rows = dict[str, NDArray[Any]]
@@ -104,29 +104,51 @@ class ObservationCodec:
         convert without loss of kind (float to integer), OBSERVATION_SHAPE for a wrong shape.
         """
         lead = () if num_rows is None else (num_rows,)
-        tensors: list[pb.NamedTensor] = []
         # A list in a batch is as likely a list of observations as a list of columns: only a tuple is clear.
         sequences = (tuple, list) if num_rows is None else (tuple,)
-        for leaf in self.leaves:
-            value = np.asarray(_at(observation, leaf, self._children, sequences))
-            if not np.can_cast(value.dtype, leaf.dtype, "same_kind") and not _is_integral(value, leaf):
-                raise WireError(
-                    pb.OBSERVATION_DTYPE,
-                    f"observation {leaf.name!r} dtype: got {value.dtype}, expected {leaf.dtype}",
-                )
-            if value.shape != lead + leaf.shape:
-                raise WireError(
-                    pb.OBSERVATION_SHAPE,
-                    f"observation {leaf.name!r} shape: got {value.shape}, expected {lead + leaf.shape}",
-                )
-            converted = value.astype(leaf.dtype)
-            if leaf.dtype.kind != "f" and not np.array_equal(converted, value):
-                raise WireError(
-                    pb.OBSERVATION_OUT_OF_SPACE,
-                    f"observation {leaf.name!r}: got {value.min()}..{value.max()}, which does not fit {leaf.dtype}",
-                )
-            tensors.append(pb.NamedTensor(name=leaf.name, tensor=array_to_wire(converted)))
-        return tensors
+        columns = [array_bytes(self._column(observation, leaf, lead, sequences)) for leaf in self.leaves]
+        return self.tensors(columns, num_rows)
+
+    def pack_row(self, observation: Any) -> tuple[bytes, ...]:
+        """Pack a nested observation as the bytes of its tensors, in the order of ``leaves``. Raises as :meth:`pack`."""
+        return tuple([array_bytes(self._column(observation, leaf, (), (tuple, list))) for leaf in self.leaves])
+
+    def tensors(self, columns: Iterable[bytes], num_rows: int | None) -> list[pb.NamedTensor]:
+        """Return what :meth:`pack` returns: of one row as :meth:`pack_row` packs it, or of ``num_rows`` rows whose
+        bytes stand one after the other in each column.
+        """
+        lead = () if num_rows is None else (num_rows,)
+        return [
+            pb.NamedTensor(
+                name=leaf.name, tensor=pb.Tensor(dtype=WIRE_DTYPES[leaf.dtype], shape=lead + leaf.shape, data=column)
+            )
+            for leaf, column in zip(self.leaves, columns, strict=True)
+        ]
+
+    def _column(
+        self, observation: Any, leaf: Leaf, lead: tuple[int, ...], sequences: tuple[type[Any], ...]
+    ) -> NDArray[Any]:
+        """Return one leaf of an observation, ``[*lead, *shape]`` in its dtype; perhaps the caller's own array."""
+        value = np.asarray(_at(observation, leaf, self._children, sequences))
+        fits = value.dtype == leaf.dtype
+        if not fits and not np.can_cast(value.dtype, leaf.dtype, "same_kind") and not _is_integral(value, leaf):
+            raise WireError(
+                pb.OBSERVATION_DTYPE, f"observation {leaf.name!r} dtype: got {value.dtype}, expected {leaf.dtype}"
+            )
+        if value.shape != lead + leaf.shape:
+            raise WireError(
+                pb.OBSERVATION_SHAPE,
+                f"observation {leaf.name!r} shape: got {value.shape}, expected {lead + leaf.shape}",
+            )
+        if fits:
+            return value
+        converted = value.astype(leaf.dtype)
+        if leaf.dtype.kind != "f" and not np.array_equal(converted, value):
+            raise WireError(
+                pb.OBSERVATION_OUT_OF_SPACE,
+                f"observation {leaf.name!r}: got {value.min()}..{value.max()}, which does not fit {leaf.dtype}",
+            )
+        return converted
 
     def unpack(self, tensors: Iterable[pb.NamedTensor], num_rows: int | None) -> Rows:
         """Unpack wire leaves into rows; ``num_rows`` None: a single observation, which becomes one row.
@@ -214,22 +236,30 @@ def _at(
 ) -> Any:
     """Follow a leaf's path into a nested observation; every level must have exactly the children that it should."""
     for depth, part in enumerate(leaf.path):
-        where = "/".join(str(p) for p in leaf.path[:depth]) or ROOT
         expected = children[leaf.path[:depth]]
-        if isinstance(part, str) and isinstance(observation, Mapping):
-            got: Any = set(cast("Mapping[Any, Any]", observation))
-        elif isinstance(part, int) and isinstance(observation, sequences):
-            got = set(range(len(cast("list[Any]", observation))))
+        if isinstance(part, str):
+            fits = isinstance(observation, Mapping) and cast("Mapping[Any, Any]", observation).keys() == expected
         else:
-            got = type(observation).__name__
-        if got != expected:
-            kind = "a mapping with the keys" if isinstance(part, str) else "a tuple with the positions"
-            listed = sorted(got, key=str) if isinstance(got, set) else got
-            raise WireError(
-                pb.OBSERVATION_FIELDS, f"{where}: got {listed}, expected {kind} {sorted(expected, key=str)}"
-            )
+            fits = isinstance(observation, sequences) and len(cast("list[Any]", observation)) == len(expected)
+        if not fits:
+            raise _misfit(observation, leaf.path[:depth], expected, sequences)
         observation = cast("Any", observation)[part]
     return observation
+
+
+def _misfit(
+    observation: Any, path: tuple[str | int, ...], expected: set[str | int], sequences: tuple[type[Any], ...]
+) -> WireError:
+    """Return the error of a level that has not the children that it should."""
+    where = "/".join(str(part) for part in path) or ROOT
+    is_mapping = all(isinstance(part, str) for part in expected)
+    kind = "a mapping with the keys" if is_mapping else "a tuple with the positions"
+    got: Any = type(observation).__name__
+    if is_mapping and isinstance(observation, Mapping):
+        got = sorted(cast("Mapping[Any, Any]", observation), key=str)
+    elif not is_mapping and isinstance(observation, sequences):
+        got = list(range(len(cast("list[Any]", observation))))
+    return WireError(pb.OBSERVATION_FIELDS, f"{where}: got {got}, expected {kind} {sorted(expected, key=str)}")
 
 
 def _is_integral(value: NDArray[Any], leaf: Leaf) -> bool:

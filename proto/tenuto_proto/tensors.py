@@ -25,9 +25,12 @@ def array_to_wire(array: NDArray[Any]) -> pb.Tensor:
     dtype = WIRE_DTYPES.get(array.dtype)
     if dtype is None:
         raise WireError(pb.OBSERVATION_DTYPE, f"dtype: got {array.dtype}, expected one of {sorted(_NAMES.values())}")
-    if _SWAP:
-        array = array.byteswap()
-    return pb.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
+    return pb.Tensor(dtype=dtype, shape=array.shape, data=array_bytes(array))
+
+
+def array_bytes(array: NDArray[Any]) -> bytes:
+    """Return the elements of an array of a wire dtype as they travel, row-major and little-endian."""
+    return (array.byteswap() if _SWAP else array).tobytes()
 
 
 def array_from_wire(tensor: pb.Tensor) -> NDArray[Any]:

@@ -40,6 +40,7 @@ from tenuto_proto.v1 import policy_pb2 as pb
 
 NUM_ENVS, NUM_STEPS, SEED = 5, 24, 41
 TRANSPORTS = ("batch", "stream")
+SESSION_TRANSPORTS = ("unary", "stream")
 
 
 def samples(n: int, seed: int = 0) -> list[Any]:
@@ -81,13 +82,13 @@ def test_policy_tells_its_spaces_and_versions(server: ServerProcess) -> None:
         assert policy.served.max_batch_rows > 0 and policy.served.idle_timeout_s > 0
 
 
-def test_outputs_come_where_they_were_asked_for(server: ServerProcess) -> None:
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
+def test_outputs_come_where_they_were_asked_for(server: ServerProcess, transport: Any) -> None:
     observations = samples(NUM_ENVS)
-    with RemotePolicy(server.address, "dnc", seed=SEED, outputs=("value", "log_prob", "logits")) as policy:
+    outputs = ("value", "log_prob", "logits")
+    with RemotePolicy(server.address, "dnc", seed=SEED, outputs=outputs, transport=transport) as policy:
         one = policy.step(observations[0])
-    with RemoteVectorPolicy(
-        server.address, NUM_ENVS, "dnc", seed=SEED, outputs=("value", "log_prob", "logits")
-    ) as policy:
+    with RemoteVectorPolicy(server.address, NUM_ENVS, "dnc", seed=SEED, outputs=outputs) as policy:
         many = policy.step(stacked(observations))
     assert many.values is not None and many.log_probs is not None and many.logits is not None
     assert one.value == many.values[0] and one.log_prob == many.log_probs[0] and one.logits is not None
@@ -95,7 +96,7 @@ def test_outputs_come_where_they_were_asked_for(server: ServerProcess) -> None:
     log_softmax = one.logits - np.log(np.exp(one.logits).sum())
     assert one.log_prob == pytest.approx(log_softmax[one.action], abs=1e-5)
     assert one.timings.batch_size == 1 and many.timings.batch_size == NUM_ENVS and many.timings.compute_us > 0
-    with RemotePolicy(server.address, "dnc", outputs=()) as policy:
+    with RemotePolicy(server.address, "dnc", outputs=(), transport=transport) as policy:
         bare = policy.step(observations[0])
     assert bare.value is bare.log_prob is bare.logits is None
 
@@ -107,9 +108,12 @@ def test_deterministic_actions_are_the_most_probable_ones(server: ServerProcess)
     assert result.actions.tolist() == result.logits.argmax(axis=1).tolist()
 
 
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
 @pytest.mark.parametrize("row", range(NUM_ENVS))
-def test_a_lone_session_acts_as_its_row_in_a_batch(server: ServerProcess, expected: list[list[int]], row: int) -> None:
-    with RemotePolicy(server.address, "dnc", seed=SEED + row) as policy:
+def test_a_lone_session_acts_as_its_row_in_a_batch(
+    server: ServerProcess, expected: list[list[int]], row: int, transport: Any
+) -> None:
+    with RemotePolicy(server.address, "dnc", seed=SEED + row, transport=transport) as policy:
         for t in range(NUM_STEPS):
             assert policy.step(BATCHES[t][row], episode_start=bool(STARTS[t, row])).action == expected[t][row]
 
@@ -222,8 +226,14 @@ def next_index(server: ServerProcess, session_id: int) -> int:
     return server.stub.InspectSession(pb.InspectSessionRequest(session_id=session_id)).session.next_step_index
 
 
-def test_a_lone_session_steps_exactly_once_over_a_bad_network(server: ServerProcess, expected: list[list[int]]) -> None:
-    with BadNetwork(server.address, 7) as network, RemotePolicy(network.address, "dnc", seed=SEED) as policy:
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
+def test_a_lone_session_steps_exactly_once_over_a_bad_network(
+    server: ServerProcess, expected: list[list[int]], transport: Any
+) -> None:
+    with (
+        BadNetwork(server.address, 7) as network,
+        RemotePolicy(network.address, "dnc", seed=SEED, transport=transport) as policy,
+    ):
         for t in range(NUM_STEPS):
             assert policy.step(BATCHES[t][0], episode_start=bool(STARTS[t, 0])).action == expected[t][0]
         assert next_index(server, policy.session_id) == NUM_STEPS
@@ -254,8 +264,26 @@ async def test_async_rows_step_exactly_once_over_a_bad_network(
     assert got == expected and network.num_cuts > 0
 
 
-async def test_a_cancelled_step_is_completed_by_the_next_call(server: ServerProcess, expected: list[list[int]]) -> None:
-    async with AsyncRemotePolicy(server.address, "dnc", seed=SEED) as policy:
+async def test_sessions_that_share_a_stream_step_exactly_once_over_a_bad_network(
+    server: ServerProcess, expected: list[list[int]]
+) -> None:
+    async def play(row: int) -> list[int]:
+        async with AsyncRemotePolicy(network.address, "dnc", seed=SEED + row, transport="stream") as policy:
+            steps = [(BATCHES[t][row], bool(STARTS[t, row])) for t in range(NUM_STEPS)]
+            actions = [(await policy.step(o, episode_start=starts)).action for o, starts in steps]
+            assert await asyncio.to_thread(next_index, server, policy.session_id) == NUM_STEPS
+            return actions
+
+    with BadNetwork(server.address, 9) as network:
+        got = await asyncio.gather(*map(play, range(NUM_ENVS)))
+    assert np.array(got).T.tolist() == expected and network.num_cuts > 0
+
+
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
+async def test_a_cancelled_step_is_completed_by_the_next_call(
+    server: ServerProcess, expected: list[list[int]], transport: Any
+) -> None:
+    async with AsyncRemotePolicy(server.address, "dnc", seed=SEED, transport=transport) as policy:
         for t in range(NUM_STEPS):
             starts = bool(STARTS[t, 0])
             task = asyncio.create_task(policy.step(BATCHES[t][0], episode_start=starts))
@@ -273,6 +301,7 @@ async def test_a_cancelled_step_is_completed_by_the_next_call(server: ServerProc
 # ------------------------------------------------------------------------------------------------ refusals
 
 
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
 @pytest.mark.parametrize(
     ("observation", "reason"),
     [
@@ -286,9 +315,9 @@ async def test_a_cancelled_step_is_completed_by_the_next_call(server: ServerProc
     ],
 )
 def test_bad_observations_are_refused_and_harm_nothing(
-    server: ServerProcess, expected: list[list[int]], observation: Any, reason: str
+    server: ServerProcess, expected: list[list[int]], observation: Any, reason: str, transport: Any
 ) -> None:
-    with RemotePolicy(server.address, "dnc", seed=SEED) as policy:
+    with RemotePolicy(server.address, "dnc", seed=SEED, transport=transport) as policy:
         assert policy.step(BATCHES[0][0]).action == expected[0][0]
         with pytest.raises(ObservationError) as caught:
             policy.step(observation)
@@ -319,11 +348,12 @@ def test_unknown_policies_and_versions_are_told_apart(server: ServerProcess) -> 
         assert type(caught.value) is kind and caught.value.code is grpc.StatusCode.NOT_FOUND
 
 
-def test_somebody_elses_steps_and_closes_are_noticed(server: ServerProcess) -> None:
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
+def test_somebody_elses_steps_and_closes_are_noticed(server: ServerProcess, transport: Any) -> None:
     [observation] = samples(1)
-    with RemotePolicy(server.address, "dnc") as policy:
+    with RemotePolicy(server.address, "dnc", transport=transport) as policy:
         policy.step(observation)
-        mine = RemotePolicy(server.address, "dnc")
+        mine = RemotePolicy(server.address, "dnc", transport=transport)
         mine.connect()
         server.stub.CloseSession(pb.CloseSessionRequest(session_id=mine.session_id))
         other: Any = mine
@@ -340,9 +370,10 @@ def test_somebody_elses_steps_and_closes_are_noticed(server: ServerProcess) -> N
         assert policy.step(observation, episode_start=True).step_index == 0
 
 
-def test_use_after_close_is_refused(server: ServerProcess) -> None:
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
+def test_use_after_close_is_refused(server: ServerProcess, transport: Any) -> None:
     [observation] = samples(1)
-    policy = RemotePolicy(server.address, "dnc")
+    policy = RemotePolicy(server.address, "dnc", transport=transport)
     policy.step(observation)
     policy.close()
     policy.close()
@@ -386,11 +417,12 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_limits_of_a_small_server_arrive_as_typed_errors(repository: Path) -> None:
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
+def test_limits_of_a_small_server_arrive_as_typed_errors(repository: Path, transport: Any) -> None:
     observations = samples(3)
     flags = ("--capacity", "2", "--max-message-bytes", "1024", "--idle-timeout-s", "1")
     with ServerProcess(repository, *flags) as server:
-        policy = RemotePolicy(server.address)
+        policy = RemotePolicy(server.address, transport=transport)
         policy.step(observations[0])
         with pytest.raises(CapacityError):
             RemoteVectorPolicy(server.address, 2).connect()
@@ -412,7 +444,7 @@ def test_limits_of_a_small_server_arrive_as_typed_errors(repository: Path) -> No
 def test_a_restart_loses_running_episodes_only(repository: Path, transport: Any) -> None:
     first = ServerProcess(repository)
     port = first.port
-    policy = RemotePolicy(first.address, timeout_s=20.0)
+    policy = RemotePolicy(first.address, timeout_s=20.0, transport="stream" if transport == "stream" else "unary")
     rows = RemoteVectorPolicy(first.address, 2, timeout_s=20.0, transport=transport)
     policy.step(samples(1)[0])
     rows.step(stacked(samples(2)))
@@ -430,9 +462,10 @@ def test_a_restart_loses_running_episodes_only(repository: Path, transport: Any)
         rows.close()
 
 
-def test_a_draining_server_finishes_episodes_and_begins_none(repository: Path) -> None:
+@pytest.mark.parametrize("transport", SESSION_TRANSPORTS)
+def test_a_draining_server_finishes_episodes_and_begins_none(repository: Path, transport: Any) -> None:
     with ServerProcess(repository, "--drain-timeout-s", "30") as server:
-        policy = RemotePolicy(server.address, timeout_s=2.0)
+        policy = RemotePolicy(server.address, timeout_s=2.0, transport=transport)
         policy.step(samples(1)[0])
         server.terminate()
         wait_until(lambda: any("draining" in line for line in server.log), "the server to drain")

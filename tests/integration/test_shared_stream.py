@@ -64,6 +64,37 @@ async def test_many_sessions_of_two_policies_act_as_each_does_alone_in_few_messa
     assert not is_open(asyncio.get_running_loop())
 
 
+async def test_sessions_that_are_answered_together_step_together(server: ServerProcess) -> None:
+    messages = 'tenuto_requests_total{rpc="StepStream"}'
+    policies = [sharing(server, env) for env in range(NUM_ENVS)]
+    await asyncio.gather(*(policy.connect() for policy in policies))
+    before = await asyncio.to_thread(server.metric, messages)
+    await asyncio.gather(*(play(policy, env) for env, policy in enumerate(policies)))
+    assert await asyncio.to_thread(server.metric, messages) - before == NUM_STEPS
+    await asyncio.gather(*(policy.close() for policy in policies))
+
+
+async def test_what_cannot_be_sent_is_refused_to_its_sender_alone(server: ServerProcess) -> None:
+    async with sharing(server, 1) as wrong, sharing(server, 2) as other:
+        await asyncio.gather(wrong.step(OBSERVED[1][0]), other.step(OBSERVED[2][0]))
+        no_reward: Any = [1.0]
+        failed, good = await asyncio.gather(
+            wrong.step(OBSERVED[1][1], reward=no_reward), other.step(OBSERVED[2][1]), return_exceptions=True
+        )
+        assert isinstance(failed, TypeError) and not isinstance(good, BaseException) and good.step_index == 1
+        assert (await wrong.step(OBSERVED[1][1], reward=1.0)).step_index == 1
+
+
+async def test_two_steps_of_a_session_at_once_are_refused(server: ServerProcess) -> None:
+    async with sharing(server, 1) as policy:
+        await policy.step(OBSERVED[1][0])
+        first, second = await asyncio.gather(
+            policy.step(OBSERVED[1][1]), policy.step(OBSERVED[1][2]), return_exceptions=True
+        )
+        assert not isinstance(first, BaseException) and first.step_index == 1 and isinstance(second, RuntimeError)
+        assert (await policy.step(OBSERVED[1][2])).step_index == 2
+
+
 async def test_what_was_asked_for_comes_with_each_row(server: ServerProcess) -> None:
     outputs = ("value", "log_prob", "logits")
     async with sharing(server, 1, outputs=outputs) as one, sharing(server, 2, outputs=()) as other:
@@ -125,16 +156,22 @@ async def test_a_device_that_hangs_costs_each_step_its_own_time_and_nothing_else
     hang = tmp_path / "hang"
     publish(tmp_path / "repository", small_policy(), "dnc")
     with ServerProcess(tmp_path / "repository", fault=hanging_while_exists(hang)) as server:
+        alone = RemotePolicy(server.address, "dnc", transport="stream", timeout_s=0.5)
         async with sharing(server, 1, timeout_s=0.5) as hasty, sharing(server, 2, timeout_s=20) as patient:
             await asyncio.gather(hasty.step(OBSERVED[1][0]), patient.step(OBSERVED[2][0]))
+            await asyncio.to_thread(alone.step, OBSERVED[3][0])
             hang.touch()
             waiting = asyncio.create_task(patient.step(OBSERVED[2][1]))
             with pytest.raises(DeadlineError) as caught:
                 await hasty.step(OBSERVED[1][1])
             assert caught.value.outcome_unknown and not waiting.done()
+            with pytest.raises(DeadlineError):
+                await asyncio.to_thread(alone.step, OBSERVED[3][1])
             hang.unlink()
             assert (await waiting).step_index == 1
             assert (await hasty.step(OBSERVED[1][1])).step_index == 1
+            assert (await asyncio.to_thread(alone.step, OBSERVED[3][1])).step_index == 1
+            await asyncio.to_thread(alone.close)
 
 
 async def test_a_server_that_is_killed_loses_the_sessions_and_the_next_one_serves_them(tmp_path: Path) -> None:
@@ -157,6 +194,7 @@ async def test_a_server_that_is_killed_loses_the_sessions_and_the_next_one_serve
         await asyncio.gather(*(policy.close() for policy in policies))
 
 
-def test_another_transport_is_refused(server: ServerProcess) -> None:
+@pytest.mark.parametrize("kind", [RemotePolicy, AsyncRemotePolicy])
+def test_another_transport_is_refused(server: ServerProcess, kind: Any) -> None:
     with pytest.raises(ValueError, match="transport"):
-        AsyncRemotePolicy(server.address, transport="batch")  # pyright: ignore[reportArgumentType]
+        kind(server.address, transport="batch")

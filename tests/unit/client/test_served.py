@@ -37,18 +37,18 @@ def test_a_space_without_gymnasium_says_what_to_install(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("observation", "num_rows"), [(2, None), (np.int64(2), None), (np.array([2, 3]), 2)])
 def test_a_bare_popgym_observation_is_refused_with_a_hint(observation: Any, num_rows: int | None) -> None:
     with pytest.raises(ObservationError, match=r"expected a tuple .*must be made with tenuto_envs\.make") as caught:
-        served(POPGYM).pack(observation, num_rows)
+        served(POPGYM).pack_row(observation) if num_rows is None else served(POPGYM).pack(observation, num_rows)
     assert caught.value.reason == "OBSERVATION_FIELDS"
 
 
 def test_other_observations_are_refused_without_a_hint() -> None:
     for space, observation in ((POPGYM, "no"), (OBSERVATIONS, 2)):
         with pytest.raises(ObservationError) as caught:
-            served(space).pack(observation)
+            served(space).pack_row(observation)
         assert "tenuto_envs" not in str(caught.value)
 
 
 def test_a_refused_observation_has_one_traceback() -> None:
     with pytest.raises(ObservationError) as caught:
-        served().pack(2)
+        served().pack_row(2)
     assert "".join(traceback.format_exception(caught.value)).count("Traceback") == 1

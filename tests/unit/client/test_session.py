@@ -1,6 +1,7 @@
 """One environment's session: each observation is applied exactly once, whatever the network does."""
 
 import itertools
+from typing import Any
 
 import grpc
 import numpy as np
@@ -15,6 +16,7 @@ from scripted import (
     queue_full,
     refusal,
     session_unknown,
+    timed_out,
     unavailable,
 )
 from tenuto_client import (
@@ -32,11 +34,14 @@ from tenuto_client import (
     SessionUnknownError,
     SpaceMismatchError,
     StepIndexError,
+    StepResult,
     TenutoError,
     UnexpectedReplyError,
 )
+from tenuto_client.effects import Program
 from tenuto_client.errors import error_from_reason
 from tenuto_client.session import Session
+from tenuto_client.step import Step
 from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 
@@ -374,3 +379,101 @@ def test_two_methods_at_once_are_refused(outside: Outside) -> None:
         outside.drive(session.step(observation(), False, None))
     program.close()
     outside.drive(session.step(observation(), False, None))
+
+
+# ------------------------------------------------------------------------------------- the usual step over a stream
+
+
+def begun(session: Session, *arguments: Any) -> Step:
+    step = session.begin(*arguments)
+    assert step is not None
+    return step
+
+
+def settled(outside: Outside, session: Session, step: Step, answer: TenutoError) -> StepResult:
+    """Drive settle() whose first effect, the step's first attempt, was answered so."""
+    program = session.settle(step)
+    assert [call.step for call in next(program).calls] == [step]
+
+    def rest() -> Program[StepResult]:
+        try:
+            effect = program.send([answer])
+        except StopIteration as stop:
+            return stop.value
+        while True:
+            try:
+                effect = program.send((yield effect))
+            except StopIteration as stop:
+                return stop.value
+
+    return outside.drive(rest())
+
+
+def test_the_usual_step_is_the_one_that_the_program_would_send(outside: Outside) -> None:
+    session = started(outside)
+    step = begun(session, observation(0.5, mode=2), True, 1.5)
+    assert (step.session_id, step.step_index, step.begins, step.reward) == (session.session_id, 1, True, 1.5)
+    session.applied()
+    assert session.step_index == 2
+    assert not begun(session, observation(), False, None).begins
+    session.applied()
+    session.reset()
+    assert begun(session, observation(), False, None).begins
+
+
+def test_no_step_is_usual_before_a_session_is_open_or_while_one_is_pending(outside: Outside) -> None:
+    assert Session(outside.options()).begin(observation(), False, None) is None
+    session = started(outside)
+    begun(session, observation(mode=1), False, None)
+    assert session.begin(observation(mode=2), False, None) is None
+    result = outside.drive(session.step(observation(mode=2), False, None))
+    assert [s.step_index for s in outside.sent("Step")] == [1, 2] and result.action == 2
+
+
+def test_no_step_is_usual_where_a_message_could_be_too_large() -> None:
+    outside = Outside(max_message_bytes=1000)
+    assert started(outside).begin(observation(), False, None) is None
+
+
+def test_an_observation_that_does_not_fit_leaves_nothing_pending(outside: Outside) -> None:
+    session = started(outside)
+    with pytest.raises(ObservationError):
+        session.begin(2, False, None)
+    assert begun(session, observation(), False, None).step_index == 1
+
+
+def test_a_usual_step_that_failed_is_retried_as_it_was_within_its_time(outside: Outside) -> None:
+    session = started(outside, timeout_s=4.0)
+    assert session.first_attempt_s == 2.0
+    step = begun(session, observation(mode=2), False, 0.5)
+    outside.now_s += 2.0
+    outside.script = [LOST_REPLY] * 50
+    with pytest.raises(DeadlineError, match=r"gave up after \d+ attempts in 4 s") as caught:
+        settled(outside, session, step, timed_out())
+    assert caught.value.outcome_unknown and outside.now_s <= 104.0 + 1e-6
+    assert {(s.step_index, s.reward) for s in outside.sent("Step")} == {(1, 0.5)}
+    outside.script.clear()
+    assert outside.drive(session.step(observation(mode=2), False, 0.5)).step_index == 1
+
+
+def test_a_usual_step_that_was_refused_leaves_the_session_where_it_was(outside: Outside) -> None:
+    session = started(outside)
+    step = begun(session, observation(mode=1), True, None)
+    with pytest.raises(ComputeError):
+        settled(outside, session, step, refusal(pb.COMPUTE_FAILED, grpc.StatusCode.INTERNAL))
+    again = begun(session, observation(mode=2), False, None)
+    assert (again.step_index, again.begins) == (1, True)
+
+
+def test_an_episode_that_begins_usually_in_a_lost_session_begins_in_a_new_one(outside: Outside) -> None:
+    session = started(outside)
+    lost = refusal(pb.SESSION_EXPIRED, grpc.StatusCode.FAILED_PRECONDITION)
+    result = settled(outside, session, begun(session, observation(mode=2), True, 1.0), lost)
+    assert (result.action, result.step_index) == (2, 0)
+    step = begun(session, observation(), False, None)
+    assert step.session_id == session.session_id and step.step_index == 1
+    with pytest.raises(SessionExpiredError):
+        settled(outside, session, step, lost)
+    assert session.begin(observation(), False, None) is None
+    with pytest.raises(SessionExpiredError):
+        outside.drive(session.step(observation(), False, None))

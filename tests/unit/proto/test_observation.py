@@ -140,3 +140,27 @@ def test_unpacking_refuses_truncated_bytes_and_wrong_row_counts() -> None:
         with pytest.raises(WireError) as caught:
             codec.unpack(tensors, num_rows)
         assert caught.value.reason == pb.OBSERVATION_SHAPE
+
+
+def test_a_row_of_bytes_is_the_observation_without_its_names() -> None:
+    codec = codec_of(PAIR)
+    row = codec.pack_row(GOOD)
+    assert codec.tensors(row, None) == codec.pack(GOOD)
+    other = {**GOOD, "image": np.array([0.5, 0.25], np.float32)}
+    columns = [a + b for a, b in zip(row, codec.pack_row(other), strict=True)]
+    stacked = {name: np.stack([np.asarray(GOOD[name]), np.asarray(other[name])]) for name in GOOD}
+    assert codec.tensors(columns, 2) == codec.pack(stacked, 2)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<i4"])
+def test_an_array_is_packed_by_value_whatever_its_dtype_and_layout(dtype: str) -> None:
+    array = np.arange(6).reshape(3, 2).astype(dtype).T
+    [data] = codec_of(spaces.Box(0, 9, (2, 3))).pack_row(array)
+    assert data == np.array([[0, 2, 4], [1, 3, 5]], np.float32).tobytes()
+
+
+def test_a_packed_array_is_not_the_callers() -> None:
+    array = np.zeros(2, np.float32)
+    [tensor] = codec_of(spaces.Box(-1, 1, (2,))).pack(array)
+    array[:] = 1
+    assert array_from_wire(tensor.tensor).tolist() == [0, 0]

@@ -1,0 +1,137 @@
+"""Steps as rows of a stream's messages: joined into one StepBatchRequest, whose answer is cut into their results. No
+I/O; session.py says what a session may send, the transports send it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenuto_client.errors import TenutoError, UnexpectedReplyError, error_from_message
+from tenuto_client.options import PolicyOptions
+from tenuto_client.results import StepResult, Timings
+from tenuto_client.served import ServedPolicy
+from tenuto_proto.v1 import policy_pb2 as pb
+
+Leaves = tuple[bytes, ...]
+"""An observation, see ObservationCodec.pack_row."""
+Answer = StepResult | TenutoError
+"""What becomes of a step."""
+
+
+class Step:
+    """One observation on its way, the same however often it is sent."""
+
+    __slots__ = ("begins", "form", "leaves", "reward", "session_id", "step_index")
+
+    def __init__(
+        self,
+        form: StepForm,
+        session_id: int,
+        step_index: int,
+        begins: bool,
+        reward: float | None,
+        leaves: Leaves,
+    ) -> None:
+        """``begins``: an episode begins with it. Raises TypeError or ValueError for a reward that is no number."""
+        self.form, self.session_id, self.step_index, self.leaves = form, session_id, step_index, leaves
+        # Checked here, since what cannot be sent would spoil the message of others.
+        self.begins, self.reward = bool(begins), None if reward is None else float(reward)
+
+    def request(self) -> pb.StepRequest:
+        """Return the message of a unary call."""
+        return pb.StepRequest(
+            session_id=self.session_id,
+            step_index=self.step_index,
+            episode_start=self.begins,
+            observation=self.form.served.codec.tensors(self.leaves, None),
+            reward=self.reward,
+            outputs=self.form.outputs,
+        )
+
+    def result(self, reply: pb.StepResponse) -> StepResult:
+        """Read the answer to a unary call. Raises UnexpectedReplyError."""
+        served = self.form.served
+        return StepResult(
+            action=served.action(reply.action),
+            value=reply.value if reply.HasField("value") else None,
+            log_prob=reply.log_prob if reply.HasField("log_prob") else None,
+            logits=served.array(reply.logits).copy() if reply.HasField("logits") else None,
+            version=reply.version,
+            step_index=reply.step_index,
+            timings=Timings.from_wire(reply.timings),
+        )
+
+
+class StepForm:
+    """What the steps of an open session have in common. Those whose ``key`` is equal may share a message."""
+
+    def __init__(self, served: ServedPolicy, server_epoch: int, options: PolicyOptions) -> None:
+        """``server_epoch``: of the server that opened the session."""
+        self.served, self.server_epoch = served, server_epoch
+        self.outputs = options.outputs_to_wire()
+        self.key = (served.policy_name, server_epoch, options.outputs)
+
+    def join(self, steps: Sequence[Step], timeout_s: float) -> pb.StepBatchRequest:
+        """Return one message of steps of this form, which may wait for the device for ``timeout_s``."""
+        columns = map(b"".join, zip(*[step.leaves for step in steps], strict=True))
+        request = pb.StepBatchRequest(
+            session_ids=[step.session_id for step in steps],
+            step_indices=[step.step_index for step in steps],
+            observations=self.served.codec.tensors(columns, len(steps)),
+            outputs=self.outputs,
+            queue_timeout_ms=max(1, int(1e3 * timeout_s)),
+        )
+        starts = [step.begins for step in steps]
+        if True in starts:
+            request.episode_starts.extend(starts)
+        request.rewards.extend([np.nan if step.reward is None else step.reward for step in steps])
+        return request
+
+    def cut(self, steps: Sequence[Step], reply: pb.StepBatchResponse) -> Sequence[Answer]:
+        """Return the answer of each step of a message."""
+        if reply.HasField("error"):
+            return [error_from_message(reply.error, self.server_epoch) for _ in steps]
+        try:
+            if not reply.errors:
+                return self._results(steps, reply)
+            failed = {e.row: error_from_message(e.error, self.server_epoch) for e in reply.errors}
+            if any(row >= len(steps) for row in failed):
+                raise UnexpectedReplyError(f"reply: got errors of rows {sorted(failed)}, expected {len(steps)} rows")
+            # Where no row was applied there may be no columns.
+            results = self._results(steps, reply) if len(failed) < len(steps) else []
+            return [failed[row] if row in failed else results[row] for row in range(len(steps))]
+        except UnexpectedReplyError as error:
+            # Each is raised somewhere else.
+            return [UnexpectedReplyError(*error.args) for _ in steps]
+
+    def _results(self, steps: Sequence[Step], reply: pb.StepBatchResponse) -> list[StepResult]:
+        """Read all rows, also those that failed. Raises UnexpectedReplyError."""
+        n = len(steps)
+        # One slice is far cheaper than reading protobuf's list element by element.
+        versions = reply.versions[:]
+        if len(versions) != n:
+            raise UnexpectedReplyError(f"reply: got {len(versions)} versions, expected {n}")
+        array, timings = self.served.array, Timings.from_wire(reply.timings)
+        rows = zip(
+            self.served.actions(reply.actions, n),
+            array(reply.values, (n,)).tolist() if reply.HasField("values") else repeat(None),
+            array(reply.log_probs, (n,)).tolist() if reply.HasField("log_probs") else repeat(None),
+            self._logits(reply.logits, n) if reply.HasField("logits") else repeat(None),
+            versions,
+            steps,
+            strict=False,
+        )
+        return [
+            StepResult(action, value, log_prob, logits, version, step.step_index, timings)
+            for action, value, log_prob, logits, version, step in rows
+        ]
+
+    def _logits(self, tensor: pb.Tensor, num_rows: int) -> list[NDArray[np.float32]]:
+        array = self.served.array(tensor)
+        if array.ndim != 2 or len(array) != num_rows:
+            raise UnexpectedReplyError(f"reply: got logits of shape {array.shape}, expected {num_rows} rows")
+        return [row.copy() for row in array]
