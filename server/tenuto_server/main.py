@@ -24,7 +24,8 @@ from tenuto_server.batcher import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.engine import Engine, choose_device
 from tenuto_server.errors import ConfigurationError
-from tenuto_server.interceptor import RefusalInterceptor
+from tenuto_server.guard import guarded
+from tenuto_server.intake import Intake
 from tenuto_server.metrics import READY, Metrics, MetricsServer
 from tenuto_server.policies import PolicyRegistry
 from tenuto_server.reload import Reloader
@@ -50,6 +51,7 @@ class Server:
         self.registry = PolicyRegistry()
         epoch = secrets.randbits(63)
         queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued)
+        self.metrics.queued_rows.set_function(lambda: queue.num_rows)
         self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)
         self.reloader = Reloader(config.repository, self.registry, self.engine, self.metrics, config.capacity, epoch)
         limits = pb.Limits(
@@ -58,8 +60,9 @@ class Server:
             idle_timeout_s=config.idle_timeout_s,
             queue_timeout_s=config.queue_timeout_s,
         )
+        intake = Intake(self.registry, self.stepper, self.metrics, time.monotonic, config.max_batch, epoch)
         self.service = PolicyService(
-            self.registry, self.stepper, self.engine, self.metrics, limits, epoch, time.monotonic
+            self.registry, self.stepper, intake, self.engine, self.metrics, limits, epoch, time.monotonic
         )
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._is_stalled, self._swept_s = False, time.monotonic()
@@ -89,7 +92,6 @@ class Server:
     async def _listen(self) -> grpc.aio.Server:
         config = self.config
         server = grpc.aio.server(
-            interceptors=[RefusalInterceptor(SERVICE, self.metrics)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -99,7 +101,7 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self.service, server)
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(guarded(self.service, self.metrics), server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -156,7 +158,6 @@ class Server:
                 sessions = dict.fromkeys(policy.versions, 0) | policy.sessions.by_version()
                 self.metrics.observe_sessions(policy.name, policy.sessions.by_state(), sessions)
             self.stepper.batcher.expire()
-            self.metrics.queued_rows.set(self.stepper.batcher.queue.num_rows)
             self.metrics.observe_device()
             due_s = time.monotonic() + _SWEEP_S
             await asyncio.sleep(_SWEEP_S)

@@ -1,0 +1,140 @@
+"""Where calls arrive: those of one turn of the event loop are checked together (station 2). Owned by the event loop.
+
+Nothing waits for company: a turn ends when the loop has run what was ready, and a lone call is a turn of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tenuto_proto import WireError
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.calls import StepCall
+from tenuto_server.errors import Refusal, as_refusal, unknown_session
+from tenuto_server.metrics import Metrics
+from tenuto_server.policies import PolicyRegistry, ServedPolicy
+from tenuto_server.replies import refused_batch
+from tenuto_server.stepper import Stepper
+from tenuto_server.turn import Turn
+
+_MAX_INLINE_FLOATS = 65_536
+"""Flattened floats of a turn that are checked on the event loop: some hundred microseconds."""
+
+
+class Intake:
+    """Collects the calls of a turn and hands their checked rows to the stepper."""
+
+    def __init__(
+        self,
+        registry: PolicyRegistry,
+        stepper: Stepper,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        max_batch_rows: int,
+        server_epoch: int,
+    ) -> None:
+        self._registry, self._stepper, self._metrics, self._clock = registry, stepper, metrics, clock
+        self._max_batch_rows, self._server_epoch = max_batch_rows, server_epoch
+        self._arrived: list[StepCall] = []
+        self._apart: set[asyncio.Task[None]] = set()
+
+    def take(self, call: StepCall) -> None:
+        """Advance each row's session by one step; the call is answered later, never from in here."""
+        self._arrived.append(call)
+        if len(self._arrived) == 1:
+            asyncio.get_running_loop().call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        turns: dict[ServedPolicy, Turn] = {}
+        for call in arrived:
+            if call.is_over:
+                continue
+            try:
+                self._sort(call, turns)
+            except (Refusal, WireError) as error:
+                call.finish(as_refusal(error))
+            except Exception as error:  # noqa: BLE001 (whatever it was, the caller must hear of it)
+                call.finish(error)
+        for turn in turns.values():
+            if turn.num_floats <= _MAX_INLINE_FLOATS:
+                self._advance(turn)
+            else:
+                apart = asyncio.create_task(self._advance_apart(turn))
+                self._apart.add(apart)
+                apart.add_done_callback(self._apart.discard)
+
+    def _advance(self, turn: Turn) -> None:
+        try:
+            turn.check()
+            waited_s = self._clock() - turn.calls[0].began_s
+            self._metrics.station["check"].observe(waited_s, len(turn.calls))
+            self._stepper.advance(turn)
+        except Exception as error:  # noqa: BLE001 (whatever it was, the callers must hear of it)
+            for call in turn.calls:
+                call.finish(error)
+
+    async def _advance_apart(self, turn: Turn) -> None:
+        """Check large observations on a thread, since the loop has others to serve."""
+        await asyncio.to_thread(turn.check)
+        self._advance(turn)
+
+    def _sort(self, call: StepCall, turns: dict[ServedPolicy, Turn]) -> None:
+        """Add a call to the turn of its policy. Raises Refusal or WireError where all of it is refused."""
+        request = call.request
+        if isinstance(request, pb.StepRequest):
+            policy = self._registry.of_session(request.session_id)
+            if policy is None:
+                raise unknown_session(request.session_id, self._server_epoch)
+            _turn_of(policy, turns).add_row(call, request)
+            return
+        self._check_columns(call, request)
+        policies = (self._registry.of_session(session_id) for session_id in request.session_ids)
+        policy = next((policy for policy in policies if policy is not None), None)
+        if policy is None:
+            self._refuse_all(call, request)
+            return
+        _turn_of(policy, turns).add_rows(call, request, self._rows_of_others(policy, request))
+
+    def _refuse_all(self, call: StepCall, request: pb.StepBatchRequest) -> None:
+        """Answer a batch of which no session is known."""
+        unknown = {r: unknown_session(i, self._server_epoch) for r, i in enumerate(request.session_ids)}
+        response = refused_batch(request, unknown)
+        response.versions.extend([0] * call.num_rows)
+        self._metrics.refusals.labels(pb.ErrorReason.Name(pb.SESSION_UNKNOWN)).inc(call.num_rows)
+        call.finish(response)
+
+    def _check_columns(self, call: StepCall, request: pb.StepBatchRequest) -> None:
+        call.num_rows = n = len(request.session_ids)
+        if n == 0:
+            raise Refusal(pb.BATCH_EMPTY, "session_ids: got none, expected at least one")
+        if n > self._max_batch_rows:
+            raise Refusal(pb.BATCH_TOO_LARGE, f"rows: got {n}, expected at most {self._max_batch_rows}")
+        columns: tuple[tuple[str, Sequence[Any], bool], ...] = (
+            ("step_indices", request.step_indices, True),
+            ("episode_starts", request.episode_starts, False),
+            ("rewards", request.rewards, False),
+        )
+        for name, column, needed in columns:
+            if len(column) != n and (needed or len(column) > 0):
+                raise Refusal(pb.BATCH_COLUMNS, f"{name}: got {len(column)}, expected {n}, as many as session_ids")
+
+    def _rows_of_others(self, policy: ServedPolicy, request: pb.StepBatchRequest) -> dict[int, Refusal]:
+        refused: dict[int, Refusal] = {}
+        if len(self._registry) == 1:
+            return refused
+        for row, session_id in enumerate(request.session_ids):
+            owner = self._registry.of_session(session_id)
+            if owner is not None and owner is not policy:
+                message = f"session {session_id}: got one of policy {owner.name!r}, expected {policy.name!r}"
+                refused[row] = Refusal(pb.POLICY_MISMATCH, message)
+        return refused
+
+
+def _turn_of(policy: ServedPolicy, turns: dict[ServedPolicy, Turn]) -> Turn:
+    turn = turns.get(policy)
+    if turn is None:
+        turn = turns[policy] = Turn(policy)
+    return turn
