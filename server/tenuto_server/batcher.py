@@ -169,8 +169,9 @@ class Batcher(Generic[R]):
 
     ``start(batch, done)`` begins a batch without blocking and has ``done(result, error)`` called on the event loop when
     it is over. ``commit(batch, result)`` records what was applied; ``abandon(ticket, refusal)`` records that a ticket's
-    rows were not. Every ticket is settled exactly once. ``settled()`` is called after the waiters of any number of
-    tickets, so that those can be answered together, and after the next batch has begun.
+    rows were not. Every ticket is settled exactly once. ``freed()`` is called when a batch is over and before the next
+    one is taken. ``settled()`` is called after the waiters of any number of tickets, so that those can be answered
+    together, and after the next batch has begun.
     """
 
     def __init__(
@@ -180,19 +181,27 @@ class Batcher(Generic[R]):
         start: Callable[[Batch, Callable[[R | None, BaseException | None], None]], None],
         commit: Callable[[Batch, R], None],
         abandon: Callable[[Ticket, Refusal], None],
+        freed: Callable[[], None],
         settled: Callable[[], None],
     ) -> None:
         self.queue = queue
         self._clock, self._start, self._commit, self._abandon = clock, start, commit, abandon
-        self._settled = settled
+        self._freed, self._settled = freed, settled
         self._running: Batch | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self.num_finished_rows, self.finished_s = 0, float("-inf")
+        """Rows of the last batch, and when it was over."""
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
         return self._running is None and len(self.queue) == 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch is under way, after which what waits will be looked at."""
+        return self._running is not None and not self._closed
 
     @property
     def running_s(self) -> float:
@@ -261,6 +270,7 @@ class Batcher(Generic[R]):
     def _finish(self, batch: Batch, result: R | None, error: BaseException | None) -> None:
         assert self._running is batch
         self._running = None
+        self.num_finished_rows, self.finished_s = batch.num_rows, self._clock()
         if error is None and result is not None:
             try:
                 self._commit(batch, result)
@@ -272,6 +282,7 @@ class Batcher(Generic[R]):
         else:
             for ticket in batch.tickets:
                 self._settle(ticket, None)
+        self._freed()
         # The device first: it computes while the replies are written.
         self._dispatch()
         self._settled()

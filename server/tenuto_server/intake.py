@@ -1,6 +1,8 @@
-"""Where calls arrive: those of one turn of the event loop are checked together (station 2). Owned by the event loop.
+"""Where calls arrive: those of one turn are checked together (station 2). Owned by the event loop.
 
-Nothing waits for company: a turn ends when the loop has run what was ready, and a lone call is a turn of its own.
+A lone call is a turn of its own, which ends when the loop has run what was ready. Callers that were answered together
+come back together, but gRPC hands them over one by one; so the turn after a batch waits for as many rows, for a
+millisecond at most. While the device is busy, few rows wait until it is free, which they would have to anyway.
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ from tenuto_server.turn import Turn
 
 _MAX_INLINE_FLOATS = 65_536
 """Flattened floats of a turn that are checked on the event loop: some hundred microseconds."""
+_FEW_ROWS = 32
+"""More are checked while the device is still busy, so that it does not wait for that."""
+_COMPANY_S = 1e-3
+"""Seconds that a turn waits for those who were in the last batch."""
+_RECENT_S = 2e-3
+"""Seconds after a batch in which they are expected."""
 
 
 class Intake:
@@ -38,16 +46,35 @@ class Intake:
         self._registry, self._stepper, self._metrics, self._clock = registry, stepper, metrics, clock
         self._max_batch_rows, self._server_epoch = max_batch_rows, server_epoch
         self._arrived: list[StepCall] = []
+        self._num_rows = 0
+        """Of the calls that have arrived."""
+        self._is_ending = False
+        """Whether the turn ends as soon as the loop has run what is ready."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Ends the turn that waits for company."""
         self._apart: set[asyncio.Task[None]] = set()
+        """Turns that are checked on a thread."""
+        stepper.when_free = self._end_or_wait
 
     def take(self, call: StepCall) -> None:
         """Advance each row's session by one step; the call is answered later, never from in here."""
         self._arrived.append(call)
-        if len(self._arrived) == 1:
-            asyncio.get_running_loop().call_soon(self._end_turn)
+        self._num_rows += call.num_rows
+        if self._is_ending or (self._num_rows <= _FEW_ROWS and self._stepper.batcher.is_busy):
+            return
+        if self._is_complete():
+            self._is_ending = True
+            asyncio.get_running_loop().call_soon(self.end_turn)
+        else:
+            self._await_company()
 
-    def _end_turn(self) -> None:
-        arrived, self._arrived = self._arrived, []
+    def end_turn(self) -> None:
+        """Check what has arrived and send it on. Called also regularly, since the device may be stuck."""
+        arrived, self._arrived, self._num_rows, self._is_ending = self._arrived, [], 0, False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        began_s = self._clock()
         turns: dict[ServedPolicy, Turn] = {}
         for call in arrived:
             if call.is_over:
@@ -60,26 +87,44 @@ class Intake:
                 call.finish(error)
         for turn in turns.values():
             if turn.num_floats <= _MAX_INLINE_FLOATS:
-                self._advance(turn)
+                self._advance(turn, began_s)
             else:
-                apart = asyncio.create_task(self._advance_apart(turn))
+                apart = asyncio.create_task(self._advance_apart(turn, began_s))
                 self._apart.add(apart)
                 apart.add_done_callback(self._apart.discard)
 
-    def _advance(self, turn: Turn) -> None:
+    def _end_or_wait(self) -> None:
+        """The device is free: end the turn before it takes the next batch, unless company is expected."""
+        if self._is_complete():
+            self.end_turn()
+        else:
+            self._await_company()
+
+    def _is_complete(self) -> bool:
+        """Whether as many rows are here as are expected."""
+        if self._num_rows > _FEW_ROWS:
+            return True
+        batcher = self._stepper.batcher
+        is_recent = self._clock() - batcher.finished_s < _RECENT_S
+        return self._num_rows >= (batcher.num_finished_rows if is_recent else 1)
+
+    def _await_company(self) -> None:
+        if self._timer is None and self._arrived:
+            self._timer = asyncio.get_running_loop().call_later(_COMPANY_S, self.end_turn)
+
+    def _advance(self, turn: Turn, began_s: float) -> None:
         try:
             turn.check()
-            waited_s = self._clock() - turn.calls[0].began_s
-            self._metrics.station["check"].observe(waited_s, len(turn.calls))
+            self._metrics.station["check"].observe(self._clock() - began_s, len(turn.calls))
             self._stepper.advance(turn)
         except Exception as error:  # noqa: BLE001 (whatever it was, the callers must hear of it)
             for call in turn.calls:
                 call.finish(error)
 
-    async def _advance_apart(self, turn: Turn) -> None:
+    async def _advance_apart(self, turn: Turn, began_s: float) -> None:
         """Check large observations on a thread, since the loop has others to serve."""
         await asyncio.to_thread(turn.check)
-        self._advance(turn)
+        self._advance(turn, began_s)
 
     def _sort(self, call: StepCall, turns: dict[ServedPolicy, Turn]) -> None:
         """Add a call to the turn of its policy. Raises Refusal or WireError where all of it is refused."""
@@ -107,7 +152,7 @@ class Intake:
         call.finish(response)
 
     def _check_columns(self, call: StepCall, request: pb.StepBatchRequest) -> None:
-        call.num_rows = n = len(request.session_ids)
+        n = call.num_rows
         if n == 0:
             raise Refusal(pb.BATCH_EMPTY, "session_ids: got none, expected at least one")
         if n > self._max_batch_rows:

@@ -60,9 +60,9 @@ class Server:
             idle_timeout_s=config.idle_timeout_s,
             queue_timeout_s=config.queue_timeout_s,
         )
-        intake = Intake(self.registry, self.stepper, self.metrics, time.monotonic, config.max_batch, epoch)
+        self.intake = Intake(self.registry, self.stepper, self.metrics, time.monotonic, config.max_batch, epoch)
         self.service = PolicyService(
-            self.registry, self.stepper, intake, self.engine, self.metrics, limits, epoch, time.monotonic
+            self.registry, self.stepper, self.intake, self.engine, self.metrics, limits, epoch, time.monotonic
         )
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._is_stalled, self._swept_s = False, time.monotonic()
@@ -80,6 +80,7 @@ class Server:
         await asyncio.wait({watching, sweeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         failed = next((t for t in (watching, sweeping) if t.done() and t.exception() is not None), None)
         await self._drain()
+        self.intake.end_turn()
         self.stepper.batcher.close()
         await server.stop(_STOP_GRACE_S)
         sweeping.cancel()
@@ -157,6 +158,7 @@ class Server:
                     log.info("dropped version %d of policy %s: no session needs it", version, policy.name)
                 sessions = dict.fromkeys(policy.versions, 0) | policy.sessions.by_version()
                 self.metrics.observe_sessions(policy.name, policy.sessions.by_state(), sessions)
+            self.intake.end_turn()
             self.stepper.batcher.expire()
             self.metrics.observe_device()
             due_s = time.monotonic() + _SWEEP_S

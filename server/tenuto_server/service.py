@@ -81,6 +81,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:
         """End a session; its fate is remembered, so that a repeated close gets the same answer."""
+        self._intake.end_turn()  # A step that came before is under way.
         policy = self._policy_of(request.session_id)
         sessions = policy.sessions
         ended = sessions.ended(request.session_id)
@@ -191,7 +192,8 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         if isinstance(request, pb.StepBatchRequest) and request.queue_timeout_ms:
             timeout_s = min(timeout_s, request.queue_timeout_ms / 1000)
         now_s = self._clock()
-        call = StepCall(rpc, request, now_s, now_s + timeout_s, answer)
+        num_rows = len(request.session_ids) if isinstance(request, pb.StepBatchRequest) else 1
+        call = StepCall(rpc, request, now_s, now_s + timeout_s, answer, num_rows)
         self._intake.take(call)
         return call
 

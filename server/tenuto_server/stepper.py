@@ -57,8 +57,10 @@ class Stepper:
     ) -> None:
         self._engine, self._registry, self._metrics, self._clock = engine, registry, metrics, clock
         self.batcher: Batcher[StepResults] = Batcher(
-            queue, clock, self._start, self._commit, self._abandon, self._answer_ready
+            queue, clock, self._start, self._commit, self._abandon, lambda: self.when_free(), self._answer_ready
         )
+        self.when_free: Callable[[], None] = lambda: None
+        """Called when the device is free, before it takes the next batch."""
         self.draining = False
         self._ready: list[tuple[ServedPolicy, StepCall]] = []
         self._log_failures_s = 0.0
@@ -114,7 +116,7 @@ class Stepper:
         if admission.refused or admission.joined:
             self._hand_out(calls, admission)
         self._metrics.station["admit"].observe(self._clock() - began_s, len(calls))
-        tickets = self._tickets(policy, calls, columns, admission, began_s)
+        tickets = self._tickets(policy, calls, columns, admission)
         self._ready += [(policy, call) for call in calls if not call.num_pending]
         self.batcher.submit(tickets)
 
@@ -147,7 +149,6 @@ class Stepper:
         calls: Sequence[StepCall],
         columns: StepColumns,
         admission: Admission,
-        now_s: float,
     ) -> list[Ticket]:
         """Make the tickets of the admitted rows: for each call one per checkpoint."""
         sessions, slots = policy.sessions, admission.slots
@@ -165,7 +166,7 @@ class Stepper:
         tickets: list[Ticket] = []
         for call, version, rows in _parts(calls, admission):
             its = TicketRows(turn, rows)
-            ticket = Ticket(policy.versions[version], len(rows), its, now_s, call.deadline_s, [call.waiter])
+            ticket = Ticket(policy.versions[version], len(rows), its, call.began_s, call.deadline_s, [call.waiter])
             # An object column takes the ticket itself at every slot.
             sessions.ticket[its.slots] = ticket
             call.tickets.append(ticket)

@@ -24,6 +24,8 @@ class Device:
         self.committed: list[Batch] = []
         self.abandoned: list[Ticket] = []
         self.commit_error: Exception | None = None
+        self.arrive: Callable[[], Any] | None = None
+        """Called once when the device is free."""
         self.told: list[Ticket] = []
         """Tickets whose waiters were called."""
         self.answers: list[list[Ticket]] = []
@@ -37,6 +39,7 @@ class Device:
             self._start,
             self._commit,
             lambda ticket, _: self.abandoned.append(ticket),
+            self._freed,
             lambda: self.answers.append(list(self.told)),
         )
 
@@ -52,6 +55,11 @@ class Device:
         if self.commit_error is not None:
             raise self.commit_error
         self.committed.append(batch)
+
+    def _freed(self) -> None:
+        arrived, self.arrive = self.arrive, None
+        if arrived is not None:
+            arrived()
 
     def finish(self, error: Exception | None = None) -> None:
         done, self._done = self._done, None
@@ -268,6 +276,16 @@ async def test_tickets_of_a_batch_are_answered_together_when_the_next_has_begun(
     later = device.submit()
     device.finish()
     assert device.answers[1:] == [[first, *others]] and device.started[2].tickets == [later]
+
+
+async def test_what_is_submitted_when_the_device_becomes_free_joins_the_next_batch() -> None:
+    device, late = Device(), list[Ticket]()
+    device.submit()
+    waiting = device.submit()
+    device.arrive = lambda: late.append(device.submit())
+    device.finish()
+    assert device.started[1].tickets == [waiting, *late]
+    assert device.batcher.is_busy
 
 
 async def test_tickets_that_are_submitted_together_share_a_batch() -> None:
