@@ -118,13 +118,16 @@ class Intake:
             self._metrics.station["check"].observe(self._clock() - began_s, len(turn.calls))
             self._stepper.advance(turn)
         except Exception as error:  # noqa: BLE001 (whatever it was, the callers must hear of it)
-            for call in turn.calls:
-                call.finish(error)
+            turn.fail(error)
 
     async def _advance_apart(self, turn: Turn, began_s: float) -> None:
         """Check large observations on a thread, since the loop has others to serve."""
-        await asyncio.to_thread(turn.check)
-        self._advance(turn, began_s)
+        try:
+            await asyncio.to_thread(turn.check)
+        except Exception as error:  # noqa: BLE001 (whatever it was, the callers must hear of it)
+            turn.fail(error)
+        else:
+            self._advance(turn, began_s)
 
     def _sort(self, call: StepCall, turns: dict[ServedPolicy, Turn]) -> None:
         """Add a call to the turn of its policy. Raises Refusal or WireError where all of it is refused."""

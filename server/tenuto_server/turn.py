@@ -152,3 +152,8 @@ class Turn:
                 refused | self._refused,
             )
         return self._columns
+
+    def fail(self, error: Exception) -> None:
+        """Answer every call that is not answered yet with a fault of ours."""
+        for call in self.calls:
+            call.finish(error)
