@@ -190,8 +190,6 @@ class Batcher(Generic[R]):
         self._running: Batch | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
-        self.num_finished_rows, self.finished_s = 0, float("-inf")
-        """Rows of the last batch, and when it was over."""
 
     @property
     def idle(self) -> bool:
@@ -270,7 +268,6 @@ class Batcher(Generic[R]):
     def _finish(self, batch: Batch, result: R | None, error: BaseException | None) -> None:
         assert self._running is batch
         self._running = None
-        self.num_finished_rows, self.finished_s = batch.num_rows, self._clock()
         if error is None and result is not None:
             try:
                 self._commit(batch, result)

@@ -17,7 +17,7 @@ from tenuto_server.errors import Refusal
 Answer = pb.StepResponse | pb.StepBatchResponse
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class StepCall:
     """A Step, a StepBatch, or one message of a StepStream: n rows, and what has become of them."""
 

@@ -1,8 +1,9 @@
 """Where calls arrive: those of one turn are checked together (station 2). Owned by the event loop.
 
-A lone call is a turn of its own, which ends when the loop has run what was ready. Callers that were answered together
-come back together, but gRPC hands them over one by one; so the turn after a batch waits for as many rows, for a
-millisecond at most. While the device is busy, few rows wait until it is free, which they would have to anyway.
+A lone call is a turn of its own, which ends when the loop has run what was ready. Where many sessions step within
+milliseconds, their calls are under way together, but gRPC hands them over one by one; so the turn waits until as many
+rows are here, for two milliseconds at most. While the device is busy, few rows wait until it is free, which they would
+have to anyway.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from tenuto_server.turn import Turn
 _MAX_INLINE_FLOATS = 65_536
 """Flattened floats of a turn that are checked on the event loop: some hundred microseconds."""
 _FEW_ROWS = 32
-"""More are checked while the device is still busy, so that it does not wait for that."""
-_COMPANY_S = 1e-3
-"""Seconds that a turn waits for those who were in the last batch."""
-_RECENT_S = 2e-3
-"""Seconds after a batch in which they are expected."""
+"""As many are checked while the device is still busy, so that it does not wait for that."""
+_RECENT_S = 3e-3
+"""Seconds after a step in which its session's next is expected."""
+_MANY_SESSIONS = 4
+"""Fewer that step within that time are not waited for: the loop has time for each of them."""
+_COMPANY_S = 2e-3
+"""Seconds that a turn waits for the sessions that are expected."""
 
 
 class Intake:
@@ -48,6 +51,8 @@ class Intake:
         self._arrived: list[StepCall] = []
         self._num_rows = 0
         """Of the calls that have arrived."""
+        self._num_expected = 0
+        """Rows that the turn would have if all active sessions were here."""
         self._is_ending = False
         """Whether the turn ends as soon as the loop has run what is ready."""
         self._timer: asyncio.TimerHandle | None = None
@@ -58,9 +63,13 @@ class Intake:
 
     def take(self, call: StepCall) -> None:
         """Advance each row's session by one step; the call is answered later, never from in here."""
+        if not self._arrived:
+            since_s = self._clock() - _RECENT_S
+            num_active = sum(policy.sessions.num_active_since(since_s) for policy in self._registry)
+            self._num_expected = num_active if num_active >= _MANY_SESSIONS else 1
         self._arrived.append(call)
         self._num_rows += call.num_rows
-        if self._is_ending or (self._num_rows <= _FEW_ROWS and self._stepper.batcher.is_busy):
+        if self._is_ending or (self._num_rows < _FEW_ROWS and self._stepper.batcher.is_busy):
             return
         if self._is_complete():
             self._is_ending = True
@@ -101,12 +110,8 @@ class Intake:
             self._await_company()
 
     def _is_complete(self) -> bool:
-        """Whether as many rows are here as are expected."""
-        if self._num_rows > _FEW_ROWS:
-            return True
-        batcher = self._stepper.batcher
-        is_recent = self._clock() - batcher.finished_s < _RECENT_S
-        return self._num_rows >= (batcher.num_finished_rows if is_recent else 1)
+        """Whether as many rows are here as are worth waiting for."""
+        return self._num_rows >= min(self._num_expected, _FEW_ROWS)
 
     def _await_company(self) -> None:
         if self._timer is None and self._arrived:

@@ -101,6 +101,10 @@ class SessionTable:
         begun = self.pool.leased & ~self.closing & ((self.next_index > 0) | self.busy)
         return int(begun.sum())
 
+    def num_active_since(self, since_s: float) -> int:
+        """Sessions that were opened or took a step after a time."""
+        return int(np.count_nonzero(self.last_active_s > since_s))
+
     def by_state(self) -> dict[str, int]:
         """Slots in use: ``opened`` (no step yet), ``waiting`` (for a next step), ``stepping``, ``ending`` (after the
         step that is under way).
