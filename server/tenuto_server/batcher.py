@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Generic, TypeVar
@@ -28,7 +28,7 @@ class TicketState(Enum):
     DONE = "done"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Ticket:
     """Rows of one request that run on one checkpoint. They enter one batch together or fail together."""
 
@@ -40,22 +40,20 @@ class Ticket:
     enqueued_s: float
     deadline_s: float
     """When the rows may no longer be waiting."""
-    waiters: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]])
-    """One future per request that waits: the one that submitted the ticket and those that joined it."""
+    waiters: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """Called when the ticket is settled, well or ill: one for each request that submitted or joined it."""
     refusal: Refusal | None = None
     """Why a settled ticket was not applied."""
     refused: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
     """Rows of a settled ticket that were not applied although the others were."""
     state: TicketState = TicketState.QUEUED
 
-    def join(self) -> asyncio.Future[None]:
-        """Return a future that resolves when the ticket is settled, well or ill."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self.state is TicketState.DONE:
-            waiter.set_result(None)
-        else:
-            self.waiters.append(waiter)
-        return waiter
+    async def settled(self) -> None:
+        """Wait until the ticket is settled, well or ill."""
+        told = asyncio.Event()
+        if self.state is not TicketState.DONE:
+            self.waiters.append(told.set)
+            await told.wait()
 
 
 @dataclass
@@ -79,9 +77,13 @@ class BatchQueue:
     def __len__(self) -> int:
         return sum(len(lane) for lane in self._lanes.values())
 
+    def has_room(self, num_rows: int) -> bool:
+        """Whether this many more rows may wait."""
+        return self.num_rows + num_rows <= self.max_rows
+
     def require_room(self, num_rows: int) -> None:
         """Raise Refusal (QUEUE_FULL) where this many more rows would be too many."""
-        if self.num_rows + num_rows > self.max_rows:
+        if not self.has_room(num_rows):
             message = f"waiting steps: got {self.num_rows + num_rows}, expected at most {self.max_rows}"
             raise Refusal(pb.QUEUE_FULL, message, num_rows=num_rows)
 
@@ -93,9 +95,9 @@ class BatchQueue:
 
     def remove(self, ticket: Ticket) -> None:
         """Take a queued ticket out."""
-        lane = self._lanes[ticket.checkpoint]
-        lane.remove(ticket)
-        self._forget(ticket, lane)
+        self._lanes[ticket.checkpoint].remove(ticket)
+        self.num_rows -= ticket.num_rows
+        self._forget_if_empty(ticket.checkpoint)
 
     def expire(self, now_s: float) -> list[Ticket]:
         """Take out and return the tickets whose deadline has passed."""
@@ -109,7 +111,9 @@ class BatchQueue:
         if not self._lanes:
             return None
         lane = self._next_lane()
-        return float("-inf") if self._is_full(lane) else lane[0].enqueued_s + self.max_wait_s
+        if self.max_wait_s > 0 and self._is_full(lane):
+            return float("-inf")
+        return lane[0].enqueued_s + self.max_wait_s
 
     def take(self, now_s: float) -> tuple[Batch, list[Ticket]]:
         """Take the checkpoint whose first ticket waits longest, one with a full batch before the others, and of its
@@ -121,13 +125,15 @@ class BatchQueue:
         batch, late = Batch(lane[0].checkpoint, taken_s=now_s), list[Ticket]()
         while lane and batch.num_rows + lane[0].num_rows <= self.max_batch:
             ticket = lane.popleft()
-            self._forget(ticket, lane)
             if ticket.deadline_s <= now_s:
                 late.append(ticket)
+                self.num_rows -= ticket.num_rows
                 continue
             ticket.state = TicketState.RUNNING
             batch.tickets.append(ticket)
             batch.num_rows += ticket.num_rows
+        self.num_rows -= batch.num_rows
+        self._forget_if_empty(batch.checkpoint)
         return batch, late
 
     def drain(self) -> list[Ticket]:
@@ -150,10 +156,9 @@ class BatchQueue:
                 return True
         return False
 
-    def _forget(self, ticket: Ticket, lane: deque[Ticket]) -> None:
-        self.num_rows -= ticket.num_rows
-        if not lane:
-            del self._lanes[ticket.checkpoint]
+    def _forget_if_empty(self, checkpoint: Hashable) -> None:
+        if not self._lanes[checkpoint]:
+            del self._lanes[checkpoint]
 
 
 R = TypeVar("R")
@@ -164,7 +169,9 @@ class Batcher(Generic[R]):
 
     ``start(batch, done)`` begins a batch without blocking and has ``done(result, error)`` called on the event loop when
     it is over. ``commit(batch, result)`` records what was applied; ``abandon(ticket, refusal)`` records that a ticket's
-    rows were not. Every ticket is settled exactly once.
+    rows were not. Every ticket is settled exactly once. ``freed()`` is called when a batch is over and before the next
+    one is taken. ``settled()`` is called after the waiters of any number of tickets, so that those can be answered
+    together, and after the next batch has begun.
     """
 
     def __init__(
@@ -174,9 +181,12 @@ class Batcher(Generic[R]):
         start: Callable[[Batch, Callable[[R | None, BaseException | None], None]], None],
         commit: Callable[[Batch, R], None],
         abandon: Callable[[Ticket, Refusal], None],
+        freed: Callable[[], None],
+        settled: Callable[[], None],
     ) -> None:
         self.queue = queue
         self._clock, self._start, self._commit, self._abandon = clock, start, commit, abandon
+        self._freed, self._settled = freed, settled
         self._running: Batch | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -187,20 +197,27 @@ class Batcher(Generic[R]):
         return self._running is None and len(self.queue) == 0
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a batch is under way, after which what waits will be looked at."""
+        return self._running is not None and not self._closed
+
+    @property
     def running_s(self) -> float:
         """Seconds since the batch under way was taken; without one, 0."""
         running = self._running
         return 0.0 if running is None else self._clock() - running.taken_s
 
-    def submit(self, ticket: Ticket) -> None:
-        """Queue a ticket; it runs at once where the device is free and no company is awaited."""
+    def submit(self, tickets: Iterable[Ticket]) -> None:
+        """Queue tickets; they run at once where the device is free and no company is awaited."""
         if self._closed:
-            self._fail(ticket, Refusal(pb.DRAINING, "the server has stopped"))
+            self._fail(tickets, Refusal(pb.DRAINING, "the server has stopped"))
+            self._settled()
             return
-        self.queue.put(ticket)
+        for ticket in tickets:
+            self.queue.put(ticket)
         self._dispatch()
 
-    def leave(self, ticket: Ticket, waiter: asyncio.Future[None]) -> None:
+    def leave(self, ticket: Ticket, waiter: Callable[[], None]) -> None:
         """One waiter gave up. When it was the last and the ticket still waits, the ticket is dropped; a running one
         is not stopped: its step is applied and its reply stored.
         """
@@ -209,17 +226,18 @@ class Batcher(Generic[R]):
         ticket.waiters.remove(waiter)
         if not ticket.waiters and ticket.state is TicketState.QUEUED:
             self.queue.remove(ticket)
-            self._fail(ticket, Refusal(pb.QUEUE_TIMEOUT, "the caller gave up while the step was waiting"))
+            self._fail([ticket], Refusal(pb.QUEUE_TIMEOUT, "the caller gave up while the step was waiting"))
 
     def expire(self) -> None:
         """Refuse the tickets that waited too long; called regularly, since the device may be stuck."""
         self._refuse_late(self.queue.expire(self._clock()))
+        self._settled()
 
     def close(self) -> None:
         """Refuse everything that waits and all that comes; what runs is settled when it ends."""
         self._closed = True
-        for ticket in self.queue.drain():
-            self._fail(ticket, Refusal(pb.DRAINING, "the server has stopped"))
+        self._fail(self.queue.drain(), Refusal(pb.DRAINING, "the server has stopped"))
+        self._settled()
 
     def _dispatch(self) -> None:
         """Start the next batch if the device is free and the batch may close; else come back when it may."""
@@ -234,9 +252,11 @@ class Batcher(Generic[R]):
                 self._timer = asyncio.get_running_loop().call_later(ready_s - now_s, self._dispatch)
                 return
             batch, late = self.queue.take(now_s)
-            self._refuse_late(late)
             if batch.tickets:
                 self._run(batch)
+            if late:
+                self._refuse_late(late)
+                self._settled()
 
     def _run(self, batch: Batch) -> None:
         self._running = batch
@@ -255,28 +275,30 @@ class Batcher(Generic[R]):
                 error = caught
         if error is not None or result is None:
             log.error("a batch of %d rows failed", batch.num_rows, exc_info=error)
-            for ticket in batch.tickets:
-                self._fail(ticket, Refusal(pb.COMPUTE_FAILED, "the forward pass failed; the step was not applied"))
+            self._fail(batch.tickets, Refusal(pb.COMPUTE_FAILED, "the forward pass failed; the step was not applied"))
         else:
             for ticket in batch.tickets:
                 self._settle(ticket, None)
+        self._freed()
+        # The device first: it computes while the replies are written.
         self._dispatch()
+        self._settled()
 
     def _refuse_late(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             waited_s = self._clock() - ticket.enqueued_s
             message = f"the step waited {waited_s:.3f} s for the device and was not applied"
-            self._fail(ticket, Refusal(pb.QUEUE_TIMEOUT, message))
+            self._fail([ticket], Refusal(pb.QUEUE_TIMEOUT, message))
 
-    def _fail(self, ticket: Ticket, refusal: Refusal) -> None:
-        try:
-            self._abandon(ticket, refusal)
-        except Exception:
-            log.exception("a ticket could not be taken back")
-        self._settle(ticket, refusal)
+    def _fail(self, tickets: Iterable[Ticket], refusal: Refusal) -> None:
+        for ticket in tickets:
+            try:
+                self._abandon(ticket, refusal)
+            except Exception:
+                log.exception("a ticket could not be taken back")
+            self._settle(ticket, refusal)
 
     def _settle(self, ticket: Ticket, refusal: Refusal | None) -> None:
         ticket.state, ticket.refusal = TicketState.DONE, refusal
         for waiter in ticket.waiters:
-            if not waiter.done():  # A cancelled one belongs to a request that is about to leave.
-                waiter.set_result(None)
+            waiter()

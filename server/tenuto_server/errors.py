@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import grpc
 
+from tenuto_proto import WireError
 from tenuto_proto.v1 import policy_pb2 as pb
 
 _CODES: dict[int, grpc.StatusCode] = {
@@ -79,3 +80,14 @@ class Refusal(ServerError):
     def to_wire(self) -> pb.Error:
         """Describe the refusal of one row."""
         return pb.Error(code=self.code.value[0], reason=self.reason_name, message=str(self), metadata=self.metadata)
+
+
+def as_refusal(error: Refusal | WireError) -> Refusal:
+    """Turn an error of the contract into one of the server's."""
+    return error if isinstance(error, Refusal) else Refusal(error.reason, str(error))
+
+
+def unknown_session(session_id: int, server_epoch: int) -> Refusal:
+    """Refuse a session that nobody remembers."""
+    message = f"session {session_id}: never opened here, or ended long ago"
+    return Refusal(pb.SESSION_UNKNOWN, message, {"server_epoch": str(server_epoch)})

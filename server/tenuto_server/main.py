@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 
 import grpc
@@ -24,7 +24,8 @@ from tenuto_server.batcher import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.engine import Engine, choose_device
 from tenuto_server.errors import ConfigurationError
-from tenuto_server.interceptor import RefusalInterceptor
+from tenuto_server.guard import guarded
+from tenuto_server.intake import Intake
 from tenuto_server.metrics import READY, Metrics, MetricsServer
 from tenuto_server.policies import PolicyRegistry
 from tenuto_server.reload import Reloader
@@ -51,6 +52,7 @@ class Server:
         self.registry = PolicyRegistry()
         epoch = secrets.randbits(63)
         queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued)
+        self.metrics.queued_rows.set_function(lambda: queue.num_rows)
         self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)
         self.reloader = Reloader(self.registry, self.engine, self.metrics, config, epoch)
         limits = pb.Limits(
@@ -59,8 +61,9 @@ class Server:
             idle_timeout_s=config.idle_timeout_s,
             queue_timeout_s=config.queue_timeout_s,
         )
+        self.intake = Intake(self.registry, self.stepper, self.metrics, time.monotonic, config.max_batch, epoch)
         self.service = PolicyService(
-            self.registry, self.stepper, self.engine, self.metrics, limits, epoch, time.monotonic
+            self.registry, self.stepper, self.intake, self.engine, self.metrics, limits, epoch, time.monotonic
         )
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._is_stalled, self._swept_s = False, time.monotonic()
@@ -78,6 +81,7 @@ class Server:
         await asyncio.wait({watching, sweeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         failed = next((t for t in (watching, sweeping) if t.done() and t.exception() is not None), None)
         await self._drain()
+        self.intake.end_turn()
         self.stepper.batcher.close()
         await server.stop(_STOP_GRACE_S)
         sweeping.cancel()
@@ -93,7 +97,6 @@ class Server:
     async def _listen(self) -> grpc.aio.Server:
         config = self.config
         server = grpc.aio.server(
-            interceptors=[RefusalInterceptor(SERVICE, self.metrics)],
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
@@ -103,7 +106,7 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self.service, server)
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(guarded(self.service, self.metrics), server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -159,8 +162,8 @@ class Server:
                     log.info("dropped version %d of policy %s: no session needs it", version, policy.name)
                 sessions = dict.fromkeys(policy.versions, 0) | policy.sessions.by_version()
                 self.metrics.observe_sessions(policy.name, policy.sessions.by_state(), sessions)
+            self.intake.end_turn()
             self.stepper.batcher.expire()
-            self.metrics.queued_rows.set(self.stepper.batcher.queue.num_rows)
             self.metrics.observe_device()
             due_s = time.monotonic() + _SWEEP_S
             await asyncio.sleep(_SWEEP_S)
@@ -225,9 +228,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         logging.getLogger("watchfiles").setLevel(logging.WARNING)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
-        asyncio.run(_serve(config))
+        _run(_serve(config))
     except ConfigurationError as error:
         sys.exit(f"tenuto-serve: {error}")
+
+
+def _run(serving: Coroutine[None, None, None]) -> None:
+    """Run the event loop: uvloop's where it is installed, which takes a third of gRPC's cost per message away."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serving)
+    else:
+        uvloop.run(serving)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -22,7 +22,6 @@ from prometheus_client import (
     Enum,
     Gauge,
     GCCollector,
-    Histogram,
     Info,
     ProcessCollector,
     Summary,
@@ -31,12 +30,14 @@ from prometheus_client import (
 from prometheus_client.exposition import make_wsgi_app
 
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.histogram import Histogram
 
 _SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7.5e-3, 1e-2, 1.5e-2, 2.5e-2, 5e-2, 0.1,
             0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # fmt: skip
 _ROWS = tuple(float(2**i) for i in range(13))
 STATIONS = ("check", "admit", "submit", "gather", "run", "scatter", "reply")
 """Stations 2 to 8 of docs/request.md."""
+STEP_RPCS = ("Step", "StepBatch", "StepStream")
 STATES = ("loading", "empty", "serving", "stalled", "draining")
 READY = "serving"
 _NOT_READY = {
@@ -80,15 +81,12 @@ class Metrics:
         # From the start at 0: Prometheus sees no increase in a row that appears with its first.
         for reason in pb.ErrorReason.keys()[1:]:
             self.refusals.labels(reason)
-        self.step_seconds = Histogram(
-            "tenuto_step_seconds", "From a request's arrival to its reply.", ["rpc"], buckets=_SECONDS, registry=r
-        )
-        self.station_seconds = Histogram(
-            "tenuto_station_seconds", "Time at each station of a step.", ["station"], buckets=_SECONDS, registry=r
-        )
-        # Looked up once: a label costs more than an observation.
-        self.step = {name: self.step_seconds.labels(name) for name in ("Step", "StepBatch", "StepStream")}
-        self.station = {name: self.station_seconds.labels(name) for name in STATIONS}
+        self.step = Histogram(
+            "tenuto_step_seconds", "From a request's arrival to its reply.", _SECONDS, r, "rpc", STEP_RPCS
+        ).series
+        self.station = Histogram(
+            "tenuto_station_seconds", "Time at each station of a step.", _SECONDS, r, "station", STATIONS
+        ).series
         self._request_of: dict[tuple[str, str], Counter] = {}
 
         # Steps and the engine.
@@ -99,14 +97,14 @@ class Metrics:
             ["policy"],
             registry=r,
         )
-        self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", buckets=_ROWS, registry=r)
+        self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", _ROWS, r).series[""]
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once.", registry=r)
         self.engine_busy = Counter("tenuto_engine_busy_seconds", "Time that the engine spent on batches.", registry=r)
         self.loop_lag = Histogram(
             "tenuto_event_loop_lag_seconds", "How late the event loop came back to a timer, four times a second.",
-            buckets=_SECONDS, registry=r,
-        )  # fmt: skip
+            _SECONDS, r,
+        ).series[""]  # fmt: skip
         self.batch_invariant = Gauge(
             "tenuto_batch_invariant",
             "1 if a session got the same bits in all batch sizes and places in the self-test.",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import SlotPool, Slots
-from tenuto_server.errors import Refusal
+from tenuto_server.errors import Refusal, unknown_session
 
 if TYPE_CHECKING:
     from tenuto_server.batcher import Ticket
@@ -100,6 +100,10 @@ class SessionTable:
         """Open sessions that have taken a step, or are taking their first."""
         begun = self.pool.leased & ~self.closing & ((self.next_index > 0) | self.busy)
         return int(begun.sum())
+
+    def num_active_since(self, since_s: float) -> int:
+        """Sessions that were opened or took a step after a time."""
+        return int(np.count_nonzero(self.last_active_s > since_s))
 
     def by_state(self) -> dict[str, int]:
         """Slots in use: ``opened`` (no step yet), ``waiting`` (for a next step), ``stepping``, ``ending`` (after the
@@ -236,8 +240,10 @@ class SessionTable:
                 slots[row] = spare
         run = np.flatnonzero(usual)
         running = slots[run]
-        begin = np.where(self.pinned[slots] > 0, self.pinned[slots], newest_version)
-        versions = np.where(starts, begin, self.version[slots])
+        versions = self.version[slots]
+        if starts.any():
+            pinned = self.pinned[slots]
+            versions = np.where(starts, np.where(pinned > 0, pinned, newest_version), versions)
         self.busy[running] = True
         self.next_version[running] = versions[run]
         return Admission(slots, starts, versions, run, joined, refused)
@@ -289,8 +295,11 @@ class SessionTable:
         self, slots: Slots, episode_starts: NDArray[np.bool_], rewards: NDArray[np.float32]
     ) -> list[tuple[int, float]]:
         known = np.isfinite(rewards) & (self.version[slots] > 0)
-        self.episode_return[slots[known]] += rewards[known]
-        self.has_reward[slots[known]] = True
+        if known.any():
+            self.episode_return[slots[known]] += rewards[known]
+            self.has_reward[slots[known]] = True
+        if not episode_starts.any():
+            return []
         begun = slots[episode_starts]
         ended = begun[self.has_reward[begun]]
         finished = list(zip(self.version[ended].tolist(), self.episode_return[ended].tolist(), strict=True))
@@ -330,11 +339,7 @@ class SessionTable:
     def _refuse_unknown(self, session_id: int) -> Refusal:
         ended = self._ended.get(session_id)
         if ended is None:
-            return Refusal(
-                pb.SESSION_UNKNOWN,
-                f"session {session_id}: never opened here, or ended long ago",
-                {"server_epoch": str(self._server_epoch)},
-            )
+            return unknown_session(session_id, self._server_epoch)
         how = "closed" if ended.reason == pb.SESSION_CLOSED else "idle for too long"
         return Refusal(ended.reason, f"session {session_id}: was {how} after {ended.num_steps} steps")
 
@@ -342,7 +347,7 @@ class SessionTable:
 class ReplyStore:
     """The reply to the last step of every session, so that a repeated step is answered bit for bit.
 
-    ``put`` and ``rows`` are array operations; every reply, new or repeated, is read from here.
+    Columns indexed by slot; every reply, new or repeated, is read from here.
     """
 
     def __init__(self, capacity: int, action_shape: tuple[int, ...], action_dtype: np.dtype[Any], num_logits: int):

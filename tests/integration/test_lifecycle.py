@@ -32,7 +32,7 @@ from serving import (
 from tenuto_models import TrainingProgress, checkpoint
 from tenuto_proto import array_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
-from tenuto_server.service import MAX_STREAM_REQUESTS
+from tenuto_server.stream import MAX_STREAM_REQUESTS
 from wire import WireSession, batch, observations, refused, replay
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -576,7 +576,7 @@ def test_a_device_that_hangs_makes_the_server_not_ready_until_it_answers(reposit
 
 def test_an_event_loop_that_hangs_is_seen_from_outside(repository: Path, tmp_path: Path) -> None:
     hang = tmp_path / "hang"
-    fault = hanging_while_exists(hang, "tenuto_proto.ObservationCodec.unpack")
+    fault = hanging_while_exists(hang, "tenuto_proto.ObservationCodec.flatten")
     with ServerProcess(repository, "--stall-timeout-s", "1", fault=fault) as server:
         step = session(server).request(observations(1)[0])
         hang.touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,11 +24,23 @@ class Device:
         self.committed: list[Batch] = []
         self.abandoned: list[Ticket] = []
         self.commit_error: Exception | None = None
-        self.waiters: dict[Ticket, asyncio.Future[None]] = {}
+        self.arrive: Callable[[], Any] | None = None
+        """Called once when the device is free."""
+        self.told: list[Ticket] = []
+        """Tickets whose waiters were called."""
+        self.answers: list[list[Ticket]] = []
+        """These, as they stood whenever the batcher said that waiters may be answered."""
+        self.waiters: dict[Ticket, Callable[[], None]] = {}
         self._done: Callable[[Any, Any], None] | None = None
         queue = BatchQueue(max_batch, max_wait_s, max_rows)
         self.batcher: Batcher[str] = Batcher(
-            queue, lambda: self.now_s, self._start, self._commit, lambda ticket, _: self.abandoned.append(ticket)
+            queue,
+            lambda: self.now_s,
+            self._start,
+            self._commit,
+            lambda ticket, _: self.abandoned.append(ticket),
+            self._freed,
+            lambda: self.answers.append(list(self.told)),
         )
 
     def _start(self, batch: Batch, done: Callable[[Any, Any], None]) -> None:
@@ -43,6 +56,11 @@ class Device:
             raise self.commit_error
         self.committed.append(batch)
 
+    def _freed(self) -> None:
+        arrived, self.arrive = self.arrive, None
+        if arrived is not None:
+            arrived()
+
     def finish(self, error: Exception | None = None) -> None:
         done, self._done = self._done, None
         assert done is not None
@@ -50,8 +68,9 @@ class Device:
 
     def submit(self, num_rows: int = 1, checkpoint: str = "v1", deadline_s: float = 1e9) -> Ticket:
         ticket = Ticket(checkpoint, num_rows, None, self.now_s, deadline_s)
-        self.batcher.submit(ticket)
-        self.waiters[ticket] = ticket.join()
+        self.waiters[ticket] = partial(self.told.append, ticket)
+        ticket.waiters.append(self.waiters[ticket])
+        self.batcher.submit([ticket])
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
@@ -59,7 +78,7 @@ class Device:
 
     def answered(self, ticket: Ticket) -> bool:
         """Whether the ticket's waiter has been told, and its rows were applied."""
-        return self.waiters[ticket].done() and ticket.refusal is None
+        return self.told.count(ticket) == 1 and ticket.refusal is None
 
 
 def reason(ticket: Ticket) -> int | None:
@@ -149,7 +168,7 @@ async def test_a_commit_that_raises_leaves_no_waiter_hanging() -> None:
     device.commit_error = RuntimeError("a fault of ours")
     broken, later = device.submit(), device.submit()
     device.finish()
-    assert reason(broken) == pb.COMPUTE_FAILED and device.waiters[broken].done()
+    assert reason(broken) == pb.COMPUTE_FAILED and device.told == [broken]
     device.commit_error = None
     device.finish()
     assert device.answered(later)
@@ -211,13 +230,14 @@ async def test_a_queued_step_stays_while_anyone_waits_for_it() -> None:
     device = Device()
     device.submit()
     queued = device.submit()
-    other = queued.join()
+    other = asyncio.create_task(queued.settled())
+    await asyncio.sleep(0)
     device.leave(queued)
     assert queued.state is TicketState.QUEUED
     device.finish()
     assert device.started[1].tickets == [queued]
     device.finish()
-    assert other.done()
+    await asyncio.wait_for(other, 10)
 
 
 async def test_too_many_waiting_rows_are_refused() -> None:
@@ -239,14 +259,40 @@ async def test_shutdown_refuses_what_waits_and_lets_what_runs_finish() -> None:
     assert device.answered(running) and len(device.started) == 1
 
 
-async def test_a_waiter_that_was_cancelled_does_not_disturb_the_batch() -> None:
+async def test_a_waiter_that_leaves_a_settled_ticket_disturbs_nobody() -> None:
     device = Device()
     first, second = device.submit(), device.submit()
-    device.waiters[first].cancel()
     device.finish()
     device.leave(first)
     device.finish()
-    assert device.answered(second)
+    assert device.answered(second) and device.abandoned == []
+
+
+async def test_tickets_of_a_batch_are_answered_together_when_the_next_has_begun() -> None:
+    device = Device()
+    first, *others = [device.submit() for _ in range(4)]
+    device.finish()
+    assert device.answers == [[first]] and device.started[1].tickets == others
+    later = device.submit()
+    device.finish()
+    assert device.answers[1:] == [[first, *others]] and device.started[2].tickets == [later]
+
+
+async def test_what_is_submitted_when_the_device_becomes_free_joins_the_next_batch() -> None:
+    device, late = Device(), list[Ticket]()
+    device.submit()
+    waiting = device.submit()
+    device.arrive = lambda: late.append(device.submit())
+    device.finish()
+    assert device.started[1].tickets == [waiting, *late]
+    assert device.batcher.is_busy
+
+
+async def test_tickets_that_are_submitted_together_share_a_batch() -> None:
+    device = Device()
+    tickets = [Ticket("v1", 1, None, 0.0, 1e9) for _ in range(3)]
+    device.batcher.submit(tickets)
+    assert device.started[0].tickets == tickets
 
 
 async def test_many_consumers_are_all_settled_exactly_once() -> None:
@@ -258,7 +304,7 @@ async def test_many_consumers_are_all_settled_exactly_once() -> None:
         device.finish()
     ran = [t for b in device.committed for t in b.tickets]
     assert len(ran) == len(set(ran)) and set(ran) | set(device.abandoned) == set(tickets)
-    assert not set(ran) & set(device.abandoned)
+    assert not set(ran) & set(device.abandoned) and len(device.told) == len(set(device.told))
     assert all(b.num_rows <= 8 and len({t.checkpoint for t in b.tickets}) == 1 for b in device.committed)
 
 

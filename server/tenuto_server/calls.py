@@ -1,0 +1,63 @@
+"""One request to step sessions, from its arrival to its answer. Owned by the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.arena import Slots
+from tenuto_server.batcher import Ticket
+from tenuto_server.errors import Refusal
+
+Answer = pb.StepResponse | pb.StepBatchResponse
+
+
+@dataclass(eq=False, repr=False, slots=True)
+class StepCall:
+    """A Step, a StepBatch, or one message of a StepStream: n rows, and what has become of them."""
+
+    rpc: str
+    request: pb.StepRequest | pb.StepBatchRequest
+    began_s: float
+    deadline_s: float
+    """When its rows may no longer be waiting for the device."""
+    answer: Callable[[Answer | Exception], None]
+    """Called once with the reply or with what went wrong, unless the caller leaves before."""
+    num_rows: int = 1
+    first: int = 0
+    """Its first row among those of its turn."""
+    session_ids: NDArray[np.uint64] = field(init=False)
+    step_indices: NDArray[np.uint64] = field(init=False)
+    slots: Slots = field(init=False)
+    """[n], once admitted, as the two before."""
+    tickets: list[Ticket] = field(default_factory=list[Ticket])
+    """What it submitted."""
+    joined: dict[int, Ticket] = field(default_factory=dict[int, Ticket])
+    """Rows that wait for what another call submitted."""
+    failed: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
+    """Rows that were not carried out."""
+    num_pending: int = 0
+    """Tickets that are not settled yet."""
+    waiter: Callable[[], None] = field(init=False)
+    """What these tickets call; there is none before the call is admitted."""
+    timer: asyncio.TimerHandle | None = None
+    """Ends the wait for what others submitted."""
+    is_over: bool = False
+    """Whether it was answered, or its caller left."""
+
+    def finish(self, outcome: Answer | Exception) -> None:
+        """Answer the caller, if it still waits."""
+        if not self.is_over:
+            self.end()
+            self.answer(outcome)
+
+    def end(self) -> None:
+        """Wait for nothing any more."""
+        self.is_over = True
+        if self.timer is not None:
+            self.timer.cancel()
