@@ -450,9 +450,12 @@ class CompiledStep:
         ``state``: float32 ``[C, S]``, the tensors of the core's state spec side by side; ``counters``: int64 ``[C]``,
         steps of the episode so far. ``slots``: int64 ``[n]``, none twice; ``episode_starts``: bool ``[n]``, where the
         state begins at zero; ``observations``: float32 ``[n, O]``; ``seeds`` and ``step_indices``: uint64 ``[n]``, for
-        the draws; ``deterministic``: bool ``[n]``, where the mode is taken instead. All C-contiguous.
+        the draws; ``deterministic``: bool ``[n]``, where the mode is taken instead.
         """
         n, net = len(slots), self._net
+        slots, episode_starts, observations, seeds, step_indices, deterministic = map(
+            _plain, (slots, episode_starts, observations, seeds, step_indices, deterministic)
+        )
         batch = Batch(
             slots, episode_starts, observations, seeds, step_indices, deterministic,
             np.empty((n, net.shift.size)), np.empty(n, np.float32), np.empty(n, np.float32),
@@ -483,6 +486,11 @@ class CompiledStep:
             np.zeros((1, self._state_size), np.float32), np.zeros(1, np.int64), np.zeros(1, np.int64),
             np.ones(1, np.bool_), np.zeros((1, size), np.float32), nothing, nothing, np.ones(1, np.bool_),
         )  # fmt: skip
+
+
+def _plain(column: Array) -> Array:
+    """Return a column as the kernel takes it; for one that is read-only or strided it would be compiled once more."""
+    return column if column.flags.carray else column.copy()
 
 
 class _Layers:

@@ -15,6 +15,7 @@ from gymnasium import spaces
 
 from tenuto_models import DNCConfig, FrameconvConfig, Policy, PolicyConfig
 from tenuto_models.compiled import BLOCK, Chosen, CompiledStep
+from tenuto_models.jit import Kernel
 from tenuto_models.matmul import LANES, linear, pack, padded
 from tenuto_models.sampling import uniforms
 
@@ -155,6 +156,27 @@ def test_a_row_that_is_not_finite_keeps_its_state_and_harms_nobody(name: str) ->
     others = slots != 3
     np.testing.assert_array_equal(chosen.logits[others], expected.logits[others])
     np.testing.assert_array_equal(play.state[others], undisturbed.state[others])
+
+
+def test_columns_may_be_read_only_or_strided(monkeypatch: pytest.MonkeyPatch) -> None:
+    play, other = Play(lively(CONFIGS["plain dnc"]), 8), Play(lively(CONFIGS["plain dnc"]), 8)
+    expected = play.advance(np.arange(8), 0)
+    monkeypatch.setattr(Kernel, "__call__", _uncompiled(Kernel.__call__))
+    other.observations = np.repeat(other.observations, 2, axis=2)[:, :, ::2]
+    slots = np.arange(16)[::2] // 2
+    other.observations.flags.writeable = slots.flags.writeable = False
+    np.testing.assert_array_equal(other.advance(slots, 0).logits, expected.logits)
+
+
+def _uncompiled(call: Any) -> Any:
+    """Run a kernel, which must have been compiled for such arguments."""
+
+    def checked(kernel: Any, *arguments: Any) -> None:
+        known = len(kernel._call.signatures)
+        call(kernel, *arguments)
+        assert len(kernel._call.signatures) == known
+
+    return checked
 
 
 @torch.inference_mode()
