@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-startup bench-observing bench-training study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-observing bench-training study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -80,10 +80,13 @@ bench-peers: install  ## Measure tenuto beside Triton, Ray Serve and a websocket
 	$(BIN)/python -W ignore bench/peers/run.py --venvs $(PEERS) --json bench/results/peers.json
 
 # The seed's classes need the package dnc, which asks for one that exists no more and that it does not use.
-$(VENV)/study: install
+$(VENV)/study: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[study]'
 	$(BIN)/pip install --quiet --no-deps dnc==1.1.0
 	touch $@
+
+bench-engine: $(VENV)/study  ## Measure the engine without a server, beside plain torch and the package dnc; a minute.
+	$(BIN)/python -W ignore bench/engine.py --json bench/results/engine.json
 
 bench-startup: install  ## Measure start-up times and memory at rest, about a minute.
 	$(BIN)/python bench/startup.py
