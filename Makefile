@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-observing bench-training study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-observing bench-training pictures study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ $(VENV)/study: $(VENV)/installed
 
 bench-engine: $(VENV)/study  ## Measure the engine without a server, beside plain torch and the package dnc; a minute.
 	$(BIN)/python -W ignore bench/engine.py --json bench/results/engine.json
+
+pictures: $(VENV)/study  ## Draw the runs kept in bench/results into docs/pictures and bench/RESULTS.md.
+	$(BIN)/python bench/pictures.py
 
 bench-startup: install  ## Measure start-up times and memory at rest, about a minute.
 	$(BIN)/python bench/startup.py

@@ -3,8 +3,9 @@
     make bench-engine       (python bench/engine.py [--rounds 5] [--seconds 0.3] [--rows 1 16 64 256 1024])
 
 engine: ``Engine.run``, all of it: gather, forward pass, sampling, scatter, results as numpy. Policy.step: the forward
-pass in plain torch, its state in hand. Package dnc: the step of the DNC of that name on PyPI, which POPGym trains, at
-the same sizes; the memory core alone, which has less to do, and in the policy, between the same layers.
+pass in plain torch, its state in hand. Package dnc, where it is installed: the step of the DNC of that name on PyPI,
+which POPGym trains, at the same sizes; the memory core alone, which has less to do, and in the policy, between the same
+layers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ def main() -> None:
 def contenders(memory: str, rows: int) -> dict[str, Step]:
     """Return one step of a batch for each."""
     found = {ENGINE: engine_step(memory, rows), PLAIN: plain_step(memory, rows)}
-    if memory == "dnc":
+    if memory == "dnc" and find_spec("dnc"):
         found |= {PACKAGE: package_step(rows), PACKAGE_POLICY: plain_step(memory, rows, PackageCore())}
     return found
 

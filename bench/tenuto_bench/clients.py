@@ -84,6 +84,9 @@ class Clients:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            for pipe in (process.stdout, process.stderr):
+                assert pipe is not None
+                pipe.close()
         self._watchdog.cancel()
 
     def _give_up(self) -> None:
