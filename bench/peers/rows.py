@@ -140,6 +140,8 @@ class Rows:
                     figure(found.p50_ms, 2), figure(found.p99_ms, 2), figure(found.server_us), figure(found.client_us),
                 ]  # fmt: skip
             lines.append([*line, *cells, _note(row)])
+        if not any(line[-1] for line in lines):
+            headers, lines = headers[:-1], [line[:-1] for line in lines]
         return Table("Closed loops; µs: CPU per step", headers, lines, num_left=2)
 
 

@@ -98,18 +98,13 @@ def turns_of(
 def measure(who: Contender, served: Served, case: Case, seconds: float) -> Figures:
     """Take one turn. Raises LoadError or ServerError."""
     assert served.pid is not None
-
-    def spent() -> tuple[float, float]:
-        assert served.pid is not None
-        forward_s = served.metric("tenuto_station_seconds_sum", 'station="run"') if served.metrics_url else 0.0
-        return processes.cpu_s(served.pid), forward_s
-
     clients = Clients(served.address, case, WARMUP_S, seconds, sampled=0, command=who.command)
     try:
         clients.warm_up()
-        before = spent()
+        cpu_s, forward = processes.cpu_s(served.pid), Forward(served) if who.kind == "tenuto" else None
         shares = clients.shares()
-        cpu_s, forward_s = (after - b for after, b in zip(spent(), before, strict=True))
+        cpu_s = processes.cpu_s(served.pid) - cpu_s
+        own_s = cpu_s - forward.cpu_s() if forward else None
     finally:
         clients.close()
     found = outcome(case, shares, cpu_s, None)
@@ -117,9 +112,34 @@ def measure(who: Contender, served: Served, case: Case, seconds: float) -> Figur
         raise LoadError(f"steps failed: {found.errors}")
     if not processes.is_alive(served.pid):
         raise ServerError("its server died")
-    assert found.server_us is not None
-    own_us = found.server_us * (1 - forward_s / cpu_s) if served.metrics_url else None
+    own_us = None if own_s is None else 1e6 * own_s / sum(share.steps for share in shares)
     return Figures(found.steps_per_s, found.p50_ms, found.p99_ms, found.server_us, found.client_us, own_us)
+
+
+class Forward:
+    """What tenuto's forward passes cost from now on: the CPU of the engine's thread, by the share of the station run in
+    its time. Not the station's time itself, which has in it whatever else the machine did meanwhile.
+    """
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._before = self._read()
+
+    def cpu_s(self) -> float:
+        """CPU seconds so far."""
+        (threads, stations), (threads_before, stations_before) = self._read(), self._before
+        # Apart from the main thread, which has the event loop, no thread computes but the engine's.
+        engine_s = max(s - threads_before.get(i, 0.0) for i, s in threads.items() if i != self._served.pid)
+        gather, run, scatter = (after - b for after, b in zip(stations, stations_before, strict=True))
+        return engine_s * run / (gather + run + scatter)
+
+    def _read(self) -> tuple[dict[int, float], list[float]]:
+        assert self._served.pid is not None
+        stations = [
+            self._served.metric("tenuto_station_seconds_sum", f'station="{station}"')
+            for station in ("gather", "run", "scatter")
+        ]
+        return processes.threads_cpu_s(self._served.pid), stations
 
 
 def forward_alone(repository: Path, policy_name: str, rows: int) -> Figures:
