@@ -40,6 +40,7 @@ LOOKS = {
 FLOORS = (ECHO["unary"], ECHO["stream"], FORWARD)
 BARS = {engine.ENGINE: ("tenuto's engine", OURS), engine.PLAIN: ("torch, Policy.step", TRITON),
         engine.PACKAGE: ("package dnc, core alone", WEBSOCKET)}  # fmt: skip
+NAMES = {"dnc": "DNC", "frameconv": "Frameconv"}
 STYLE: Any = {
     "axes.edgecolor": GREY, "axes.labelcolor": GREY, "axes.titlecolor": GREY, "xtick.color": GREY,
     "ytick.color": GREY, "text.color": GREY, "grid.color": GREY, "grid.alpha": 0.25, "axes.grid": True,
@@ -49,6 +50,7 @@ STYLE: Any = {
 }  # fmt: skip
 LABEL_GAP = 0.045
 """Between two labels beside an axis, as a share of its height."""
+Draw = Callable[[Rows], Figure]
 
 
 def main() -> None:
@@ -134,10 +136,10 @@ def latency(rows: Rows) -> Figure:
 def many_processes(rows: Rows) -> Figure:
     """Throughput and the server's CPU where every session has a process of its own."""
     found = [(row.key.name, row.median) for row in rows if row.key.processes > 1]
-    shown = sorted(((name, f) for name, f in found if f is not None and name in LOOKS), key=lambda x: x[1].steps_per_s)
+    shown = sorted(((name, f) for name, f in found if f is not None), key=lambda x: x[1].steps_per_s)
     count = max((row.key.processes for row in rows), default=0)
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.8), layout="constrained", sharey=True)
-    names, colours = [name for name, _ in shown], [LOOKS[name][0] for name, _ in shown]
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained", sharey=True)
+    names, colours = [name for name, _ in shown], [LOOKS.get(name, (GREY, ""))[0] for name, _ in shown]
     bars(left, names, [f.steps_per_s for _, f in shown], colours, f"steps per second, {count} processes of one session")
     bars(right, names, [f.server_us or 0.0 for _, f in shown], colours, "server's CPU per step, µs")
     return drawing
@@ -156,11 +158,15 @@ def engine_bars(medians: engine.Microseconds) -> Figure:
             heights = [medians[memory, rows, who] / rows for rows in sizes]
             at = [i + width * (place - (len(shown) - 1) / 2) for i in range(len(sizes))]
             axes.bar(at, heights, width * 0.92, color=colour, label=name)
-        axes.set(yscale="log", title=memory, xlabel="rows of the batch")
+        axes.set(yscale="log", title=NAMES[memory], xlabel="rows of the batch")
         axes.set_xticks(range(len(sizes)), [str(rows) for rows in sizes])
         axes.grid(visible=False, axis="x")
-        axes.legend(frameon=False, fontsize=9, labelcolor="linecolor")
     panels[0].set_ylabel("µs per row, one thread")
+    # The panel of the DNC has all of them.
+    drawing.legend(
+        *panels[memories.index("dnc")].get_legend_handles_labels(), loc="outside upper center", ncols=len(BARS),
+        frameon=False, labelcolor="linecolor",
+    )  # fmt: skip
     return drawing
 
 
@@ -203,7 +209,7 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[float], colours: Seq
 
 def save(drawing: Figure, name: str, machine: dict[str, str]) -> None:
     """Write the picture with the machine under it."""
-    caption = f"{machine['processor']}; client and server on one machine; commit {machine['commit']}"
+    caption = f"{machine['processor']}, all on one machine; commit {machine['commit']}\n{machine['versions']}"
     drawing.supxlabel(caption, fontsize=8, color=GREY)
     drawing.savefig(PICTURES / f"{name}.svg", metadata={"Date": None})
     plt.close(drawing)
