@@ -34,7 +34,7 @@ def cpu_s(pid: int) -> float:
 def threads_cpu_s(pid: int) -> dict[int, float]:
     """CPU seconds of each thread of the process itself, by its id; the main thread's is the process's."""
     spent: dict[int, float] = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
+    for task in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError):
             spent[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1e9
     return spent

@@ -17,7 +17,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -59,17 +59,19 @@ def main() -> None:
         for server in servers.values():
             stack.callback(server.close)
         turns = turns_of(contenders(venvs, flags.peers), flags.sessions, flags.processes) * flags.rounds
-        for who, case in track(turns, "measuring", console=progress, transient=True):
-            if who is None:
-                row = rows.at(Key(case.policy, case.sessions, 1, FORWARD, "floor"))
-                row.turns.append(forward_alone(repository, case.policy, case.sessions))
-                continue
-            row = rows.at(Key(case.policy, case.sessions, case.processes, who.name, who.kind))
-            try:
-                with servers[who.server].awake() as served:
-                    row.turns.append(measure(who, served, case, flags.seconds))
-            except (ServerError, LoadError) as error:
-                row.failures.append(str(error))
+        # Interrupted, it tells what it has.
+        with suppress(KeyboardInterrupt):
+            for who, case in track(turns, "measuring", console=progress, transient=True):
+                if who is None:
+                    row = rows.at(Key(case.policy, case.sessions, 1, FORWARD, "floor"))
+                    row.turns.append(forward_alone(repository, case.policy, case.sessions))
+                    continue
+                row = rows.at(Key(case.policy, case.sessions, case.processes, who.name, who.kind))
+                try:
+                    with servers[who.server].awake() as served:
+                        row.turns.append(measure(who, served, case, flags.seconds))
+                except (ServerError, LoadError) as error:
+                    row.failures.append(str(error))
     goals = goals_of(rows)
     rows.table().print(console)
     table_of(goals).print(console)
@@ -129,7 +131,8 @@ class Forward:
         """CPU seconds so far."""
         (threads, stations), (threads_before, stations_before) = self._read(), self._before
         # Apart from the main thread, which has the event loop, no thread computes but the engine's.
-        engine_s = max(s - threads_before.get(i, 0.0) for i, s in threads.items() if i != self._served.pid)
+        others = (s - threads_before.get(i, 0.0) for i, s in threads.items() if i != self._served.pid)
+        engine_s = max(others, default=0.0)
         gather, run, scatter = (after - b for after, b in zip(stations, stations_before, strict=True))
         return engine_s * run / (gather + run + scatter)
 
