@@ -68,13 +68,18 @@ def triton(order: Order) -> Sequence[Loop]:
     channel, output = client.InferenceServerClient(order.address), [client.InferRequestedOutput("action")]
 
     class Triton(SessionLoop):
-        async def step(self, observation: np.ndarray, start: bool) -> None:
+        async def step(self, observation: np.ndarray, start: bool, end: bool = False) -> None:
             given = client.InferInput("observation", [1, 32], "FP32")
             given.set_data_from_numpy(observation[None])
             result = await channel.infer(
-                "frameconv", [given], outputs=output, sequence_id=self.number + 1, sequence_start=start
-            )
+                "frameconv", [given], outputs=output, sequence_id=self.number + 1, sequence_start=start,
+                sequence_end=end,
+            )  # fmt: skip
             assert result.as_numpy("action") is not None
+
+        async def close(self) -> None:
+            # Triton waits at its own end for sequences that were not ended.
+            await self.step(OBSERVATIONS[0], start=False, end=True)
 
     return [Triton(number) for number in numbers_of(order)]
 

@@ -128,7 +128,7 @@ def triton_server(venvs: Path, repository: Path, folder: Path) -> Generator[Serv
     command = [
         str(triton / "bin" / "tritonserver"), f"--model-repository={folder / 'models'}",
         f"--backend-directory={backends}", f"--grpc-port={grpc}", f"--http-port={http}", f"--metrics-port={metrics}",
-        "--grpc-address=127.0.0.1", "--http-address=127.0.0.1",
+        "--grpc-address=127.0.0.1", "--http-address=127.0.0.1", "--exit-timeout-secs=3",
     ]  # fmt: skip
     with _spawned(command, log, environment) as process:
         deadline_s = time.monotonic() + START_S
