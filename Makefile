@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-startup bench-observing bench-training study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-observing bench-training pictures study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -55,28 +55,41 @@ demo: install  ## Train, publish, serve and play, live in the terminal; a few mi
 serve: install  ## Serve ./repository.
 	$(BIN)/tenuto-serve --repository repository
 
-bench: install  ## Measure the server beside its floors, a few minutes; prints one table.
-	$(BIN)/python bench/serving.py
+bench: install  ## Measure the server beside its floors, some five minutes; prints one table.
+	$(BIN)/python -W ignore bench/peers/run.py --peers
 
-# The peers' packages, before those of .venv, which their servers compute with. Triton's Python backend needs the system's
-# libpython of the same version.
+# The peers have environments of their own, with their packages before those of .venv, which their servers compute with.
+# Triton's Python backend needs the system's libpython of the same version.
 PEERS := .venv-peers
-$(PEERS)/installed: $(VENV)/installed
-	test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet nvidia-pytriton==0.7.0 'tritonclient[grpc]==2.73.0' websockets==17.4 msgpack==1.2.4
+PEER_triton := nvidia-pytriton==0.7.0 'tritonclient[grpc]==2.73.0'
+PEER_ray := 'ray[serve,serve-grpc]==2.60.0' mmh3==5.3.1
+PEER_websocket := websockets==17.4 msgpack==1.2.4
+PEERS_INSTALLED := $(foreach peer,triton ray websocket,$(PEERS)/$(peer)/installed)
+
+$(PEERS_INSTALLED): $(PEERS)/%/installed: $(VENV)/installed
+	@echo "installing $* into $(PEERS)/$*, a minute"
+	test -x $(PEERS)/$*/bin/python || $(BIN)/python -m venv $(PEERS)/$*
+	$(PEERS)/$*/bin/pip install --quiet $(PEER_$*)
 	$(BIN)/python -c "import sys, sysconfig; std = sysconfig.get_path('stdlib'); \
 	  print(*(p for p in sys.path if p and not p.startswith(std) and not p.endswith('.zip')), sep='\n')" \
-	  > $$($(PEERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/zz_tenuto.pth
+	  > $$($(PEERS)/$*/bin/python -c "import site; print(site.getsitepackages()[0])")/zz_tenuto.pth
 	touch $@
 
-bench-peers: $(PEERS)/installed  ## Measure tenuto beside Triton and a websocket server, some ten minutes.
-	$(BIN)/python -W ignore bench/peers/run.py --python $(PEERS)/bin/python
+bench-peers: install  ## Measure tenuto beside Triton, Ray Serve and a websocket server, some ten minutes.
+	-$(MAKE) --keep-going $(PEERS_INSTALLED)
+	$(BIN)/python -W ignore bench/peers/run.py --venvs $(PEERS) --json bench/results/peers.json
 
 # The seed's classes need the package dnc, which asks for one that exists no more and that it does not use.
-$(VENV)/study: install
+$(VENV)/study: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[study]'
 	$(BIN)/pip install --quiet --no-deps dnc==1.1.0
 	touch $@
+
+bench-engine: $(VENV)/study  ## Measure the engine without a server, beside plain torch and the package dnc; a minute.
+	$(BIN)/python -W ignore bench/engine.py --json bench/results/engine.json
+
+pictures: $(VENV)/study  ## Draw the runs kept in bench/results into docs/pictures and bench/RESULTS.md.
+	$(BIN)/python bench/pictures.py
 
 bench-startup: install  ## Measure start-up times and memory at rest, about a minute.
 	$(BIN)/python bench/startup.py

@@ -11,23 +11,28 @@ often as deploy/prometheus does; what a scrape takes is told apart.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import math
 import statistics
 import tempfile
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from serving import ACTIONS, OBSERVATIONS, Process, measure, metrics_text, wait_until_ready
-from tenuto_models import Policy, PolicyConfig, TrainingProgress, checkpoint
+from tenuto_bench.cases import Case
+from tenuto_bench.main import PROCESS_CPU, measure
+from tenuto_bench.served import Served, publish, serve
 
-CASES = [("unary", 1), ("stream", 1), ("unary", 64), ("batch", 256)]
-SCRAPE_S = 15.0
+CASES = [
+    Case("unary", "frameconv", 1),
+    Case("stream", "frameconv", 1),
+    Case("unary", "frameconv", 64),
+    Case("batch", "frameconv", 256, rows=256),
+]
+SCRAPE_S, WARMUP_S = 15.0, 0.3
 Figures = tuple[float, float]
 WITHOUT = """
 import prometheus_client.metrics as metrics
@@ -49,33 +54,27 @@ def main() -> None:
     options = parser.parse_args()
     console, done = Console(width=100), threading.Event()
     figures = {case: (list[Figures](), list[Figures]()) for case in CASES}
-    with tempfile.TemporaryDirectory() as folder:
-        policy = Policy(OBSERVATIONS, ACTIONS, PolicyConfig.for_memory("frameconv"))
-        torch.manual_seed(0)
-        checkpoint.write(Path(folder), "policy", policy, TrainingProgress())
-        flags = ("--repository", folder, "--port", "0", "--metrics-port", "0")
-        servers = Process("-m", "tenuto_server.main", *flags), Process("-c", WITHOUT, *flags)
-        try:
-            for server in servers:
-                wait_until_ready(server)
-                threading.Thread(target=_scrape, args=(server, done), daemon=True).start()
-            for number, case in enumerate(track(CASES * options.rounds, "measuring", console=console, transient=True)):
-                for which in (0, 1) if number // len(CASES) % 2 else (1, 0):
-                    figures[case][which].append(_measure(servers[which], *case, options.seconds))
-            scrape_ms = _scrape_ms(servers[0])
-        finally:
-            done.set()
-            for server in servers:
-                server.popen.kill()
-                server.popen.communicate()
+    with ExitStack() as stack:
+        repository = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        publish(repository, ("frameconv",))
+        servers = stack.enter_context(serve(repository)), stack.enter_context(serve(repository, ("-c", WITHOUT)))
+        stack.callback(done.set)
+        for server in servers:
+            threading.Thread(target=_scrape, args=(server, done), daemon=True).start()
+        for number, case in enumerate(track(CASES * options.rounds, "measuring", console=console, transient=True)):
+            for which in (0, 1) if number // len(CASES) % 2 else (1, 0):
+                found = measure(servers[which], case, WARMUP_S, options.seconds, sampled=0)
+                assert found.server_us is not None and not found.errors
+                figures[case][which].append((found.steps_per_s, found.server_us))
+        scrape_ms = _scrape_ms(servers[0])
     table = Table(title="with metrics and without (frameconv)")
     for column in ("rpc", "sessions", "steps/s", "cost", "95 %", "CPU µs/step", "cost", "95 %"):
         table.add_column(column, justify="right")
-    for (mode, sessions), (observed, bare) in figures.items():
+    for case, (observed, bare) in figures.items():
         rates, cpus = zip(*observed, strict=True)
         bare_rates, bare_cpus = zip(*bare, strict=True)
         table.add_row(
-            mode, str(sessions),
+            case.mode, str(case.sessions),
             f"{statistics.median(rates):,.0f}", *_cost([1 - a / b for a, b in zip(rates, bare_rates, strict=True)]),
             f"{statistics.median(cpus):,.1f}", *_cost([a / b - 1 for a, b in zip(cpus, bare_cpus, strict=True)]),
         )  # fmt: skip
@@ -92,23 +91,16 @@ def _cost(costs: list[float]) -> tuple[str, str]:
     return f"{statistics.median(costs):.1%}", f"{low:.1%} to {high:.1%}"
 
 
-def _measure(server: Process, mode: str, sessions: int, seconds: float) -> Figures:
-    """Return (steps/s, microseconds of the server's CPU per step)."""
-    before = server.cpu_s()
-    rate, _ = asyncio.run(measure(server.port, mode, sessions, seconds, True))
-    return rate, 1e6 * (server.cpu_s() - before) / (rate * seconds)
-
-
-def _scrape_ms(server: Process, times: int = 20) -> float:
-    before = server.cpu_s()
+def _scrape_ms(server: Served, times: int = 20) -> float:
+    before = server.metric(PROCESS_CPU)
     for _ in range(times):
-        metrics_text(server)
-    return 1e3 * (server.cpu_s() - before) / times
+        spent = server.metric(PROCESS_CPU)
+    return 1e3 * (spent - before) / times
 
 
-def _scrape(server: Process, done: threading.Event) -> None:
+def _scrape(server: Served, done: threading.Event) -> None:
     while not done.wait(SCRAPE_S):
-        metrics_text(server)
+        server.metric(PROCESS_CPU)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from serving import ACTIONS, OBSERVATIONS, Process, wait_until_ready
-from tenuto_models import Policy, PolicyConfig, TrainingProgress, checkpoint
+from tenuto_bench.served import publish, serve
 
 
 def main() -> None:
@@ -35,8 +34,7 @@ def main() -> None:
     for _ in track(range(options.rounds), "starting", console=console, transient=True):
         for memory in ("dnc", "frameconv"):
             with tempfile.TemporaryDirectory() as folder:
-                policy = Policy(OBSERVATIONS, ACTIONS, PolicyConfig.for_memory(memory))
-                checkpoint.write(Path(folder, "repository"), "policy", policy, TrainingProgress())
+                publish(Path(folder, "repository"), (memory,))
                 for name in ("cold", "warm"):
                     seconds, megabytes = start(Path(folder))
                     figures.setdefault(f"tenuto-serve ready, {memory}, {name} (s)", []).append(seconds)
@@ -56,19 +54,13 @@ def start(folder: Path) -> tuple[float, float]:
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
     os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")
     began = time.perf_counter()
-    server = Process(
-        "-m", "tenuto_server.main", "--repository", str(folder / "repository"), "--port", "0", "--metrics-port", "0"
-    )
     try:
-        wait_until_ready(server)
-        seconds = time.perf_counter() - began
-        status = Path(f"/proc/{server.popen.pid}/status").read_text()
-        resident = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert resident is not None
-        return seconds, int(resident[1]) / 1000
+        with serve(folder / "repository") as server:
+            seconds = time.perf_counter() - began
+            resident = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
+            assert resident is not None
+            return seconds, int(resident[1]) / 1000
     finally:
-        server.popen.terminate()
-        server.popen.communicate()
         del os.environ["PYTHONPYCACHEPREFIX"], os.environ["NUMBA_CACHE_DIR"]
 
 

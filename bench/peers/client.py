@@ -1,101 +1,165 @@
-"""The closed loops of a peer's clients, in one process: each session sends its next step when it has its action.
+"""The client process of every peer and of the echo: the closed loops of tenuto-bench around each one's own client.
 
-python client.py websocket|triton HOST:PORT SESSIONS WARMUP_S SECONDS    prints steps, seconds, CPU and latencies
+python client.py websocket|triton|ray|echo    reads its order as tenuto_bench.loops says
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box
 
-from tenuto_bench.cases import NUM_OBSERVATIONS, is_start, observation_number
+from tenuto_bench.cases import NUM_OBSERVATIONS, Order, is_start, observation_number
+from tenuto_bench.loops import Loop, main, observations
 
-Step = Callable[[np.ndarray, bool], Awaitable[Any]]
-RNG = np.random.default_rng(0)
-OBSERVATIONS = [RNG.uniform(-1, 1, 32).astype(np.float32) for _ in range(NUM_OBSERVATIONS)]
+OBSERVATIONS = observations(Box(-1, 1, (32,)))
 
 
-@asynccontextmanager
-async def websocket(address: str, session: int) -> AsyncIterator[Step]:
-    """One connection per session, as openpi's clients have."""
+class SessionLoop(Loop):
+    """One session."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(range(number, number + 1))
+        self.number = number
+
+    async def connect(self) -> None:
+        """Nothing to open."""
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    async def call(self) -> None:
+        """Make one step."""
+        await self.step(OBSERVATIONS[observation_number(self.number, self.steps)], is_start(self.steps))
+        self.steps += 1
+
+    async def step(self, observation: np.ndarray, start: bool) -> None:
+        """Send one observation and wait for its action."""
+        raise NotImplementedError
+
+
+def websocket(order: Order) -> Sequence[Loop]:
+    """One connection per session, as openpi's clients have; msgpack."""
     import msgpack
-    from websockets.asyncio.client import connect
+    from websockets.asyncio.client import connect  # pyright: ignore[reportMissingImports]
 
-    async with connect(f"ws://{address}", compression=None, max_size=None, proxy=None) as connection:
-        await connection.send(str(session))
+    class Websocket(SessionLoop):
+        async def connect(self) -> None:
+            self._connection = await connect(f"ws://{order.address}", compression=None, max_size=None, proxy=None)
+            await self._connection.send(str(self.number))
 
-        async def step(observation: np.ndarray, start: bool) -> Any:
-            await connection.send(msgpack.packb({"observation": observation.tobytes(), "episode_start": start}))
-            return msgpack.unpackb(await connection.recv())["action"]
+        async def step(self, observation: np.ndarray, start: bool) -> None:
+            await self._connection.send(msgpack.packb({"observation": observation.tobytes(), "episode_start": start}))
+            assert "action" in msgpack.unpackb(await self._connection.recv())
 
-        yield step
+        async def close(self) -> None:
+            await self._connection.close()
 
-
-_triton: dict[str, Any] = {}
-
-
-@asynccontextmanager
-async def triton(address: str, session: int) -> AsyncIterator[Step]:
-    """One channel for all sessions, unary; each session is a sequence."""
-    import tritonclient.grpc.aio as client
-
-    if address not in _triton:
-        _triton[address] = client.InferenceServerClient(address)
-    channel, output = _triton[address], [client.InferRequestedOutput("action")]
-
-    async def step(observation: np.ndarray, start: bool) -> Any:
-        given = client.InferInput("observation", [1, 32], "FP32")
-        given.set_data_from_numpy(observation[None])
-        result = await channel.infer(
-            "frameconv", [given], outputs=output, sequence_id=session + 1, sequence_start=start
-        )
-        return result.as_numpy("action")
-
-    yield step
+    return [Websocket(number) for number in numbers_of(order)]
 
 
-async def main(kind: str, address: str, sessions: int, warmup_s: float, seconds: float) -> None:
-    """Drive all sessions and print what came of it."""
-    latencies: list[float] = []
+def triton(order: Order) -> Sequence[Loop]:
+    """tritonclient's aio client, one channel per process, unary; each session is a sequence."""
+    import tritonclient.grpc.aio as client  # pyright: ignore[reportMissingImports]
 
-    async def drive(step: Step, session: int, ends: list[float]) -> int:
-        taken = counted = 0
-        for i, end_s in enumerate(ends):
-            while (began_s := time.perf_counter()) < end_s:
-                await step(OBSERVATIONS[observation_number(session, taken)], is_start(taken))
-                taken += 1
-                if i:
-                    counted += 1
-                    latencies.append(1e3 * (time.perf_counter() - began_s))
-        return counted
+    channel, output = client.InferenceServerClient(order.address), [client.InferRequestedOutput("action")]
 
-    async def one(session: int, ready: asyncio.Barrier, began: list[float]) -> int:
-        async with (websocket if kind == "websocket" else triton)(address, session) as step:
-            await ready.wait()
-            if not began:
-                began.append(time.perf_counter())
-            return await drive(step, session, [began[0] + warmup_s, began[0] + warmup_s + seconds])
+    class Triton(SessionLoop):
+        async def step(self, observation: np.ndarray, start: bool, end: bool = False) -> None:
+            given = client.InferInput("observation", [1, 32], "FP32")
+            given.set_data_from_numpy(observation[None])
+            result = await channel.infer(
+                "frameconv", [given], outputs=output, sequence_id=self.number + 1, sequence_start=start,
+                sequence_end=end,
+            )  # fmt: skip
+            assert result.as_numpy("action") is not None
 
-    async def cpu() -> float:
-        await asyncio.sleep(warmup_s)
-        print("measuring", flush=True)
-        return time.process_time()
+        async def close(self) -> None:
+            # Triton waits at its own end for sequences that were not ended.
+            await self.step(OBSERVATIONS[0], start=False, end=True)
 
-    ready, began = asyncio.Barrier(sessions + 1), list[float]()
-    running = asyncio.gather(*(one(session, ready, began) for session in range(sessions)))
-    await ready.wait()
-    cpu_s = await cpu()
-    steps = sum(await running)
-    share = {"steps": steps, "seconds": seconds, "cpu_s": time.process_time() - cpu_s, "latencies_ms": latencies}
-    print(json.dumps(share), flush=True)
+    return [Triton(number) for number in numbers_of(order)]
+
+
+def ray(order: Order) -> Sequence[Loop]:
+    """Bare stubs on Serve's gRPC proxy, one channel per process, unary; the metadata say which session it is."""
+    pb, stub = stub_of(order.address)
+
+    class Ray(SessionLoop):
+        async def step(self, observation: np.ndarray, start: bool) -> None:
+            request = pb.StepRequest(
+                session_id=self.number, step_index=self.steps, episode_start=start, observation=[leaf(observation)]
+            )
+            metadata = (("application", "frameconv"), ("session_id", str(self.number)))
+            assert (await stub.Step(request, metadata=metadata)).action.data
+
+    return [Ray(number) for number in numbers_of(order)]
+
+
+def echo(order: Order) -> Sequence[Loop]:
+    """Bare stubs: a call per session, or one message for all sessions on a stream."""
+    pb, stub = stub_of(order.address)
+    outputs = pb.Outputs(value=True)
+
+    class Unary(SessionLoop):
+        async def step(self, observation: np.ndarray, start: bool) -> None:
+            request = pb.StepRequest(
+                session_id=self.number, step_index=self.steps, episode_start=start, observation=[leaf(observation)],
+                reward=0.0, outputs=outputs,
+            )  # fmt: skip
+            assert (await stub.Step(request)).action.data
+
+    class Stream(Loop):
+        async def connect(self) -> None:
+            self._stream = stub.StepStream()
+            self._batches = [
+                np.stack([OBSERVATIONS[observation_number(number, step)] for number in self.numbers])
+                for step in range(NUM_OBSERVATIONS)
+            ]
+            self._rewards = np.zeros(len(self.numbers), np.float32)
+
+        async def call(self) -> None:
+            n = len(self.numbers)
+            request = pb.StepBatchRequest(
+                session_ids=self.numbers, step_indices=[self.steps] * n, episode_starts=[is_start(self.steps)] * n,
+                observations=[leaf(self._batches[self.steps % NUM_OBSERVATIONS])], rewards=self._rewards,
+                outputs=outputs, request_id=self.steps,
+            )  # fmt: skip
+            await self._stream.write(request)
+            assert (await self._stream.read()).actions.data
+            self.steps += 1
+
+        async def close(self) -> None:
+            await self._stream.done_writing()
+
+    numbers = numbers_of(order)
+    return [Stream(numbers)] if order.case.mode == "stream" else [Unary(number) for number in numbers]
+
+
+def stub_of(address: str) -> tuple[Any, Any]:
+    """The messages, and a stub on a channel of its own."""
+    import grpc.aio
+
+    from tenuto_proto.v1 import policy_pb2, policy_pb2_grpc
+
+    return policy_pb2, policy_pb2_grpc.PolicyServiceStub(grpc.aio.insecure_channel(address))
+
+
+def leaf(observations: np.ndarray) -> Any:
+    """Observations ``float32 [..., 32]`` as a tensor on the wire."""
+    from tenuto_proto.v1 import policy_pb2 as pb
+
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=observations.shape, data=observations.tobytes())
+    return pb.NamedTensor(tensor=tensor)
+
+
+def numbers_of(order: Order) -> range:
+    """Return the numbers of this process's sessions."""
+    return range(order.first, order.first + order.count)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])))
+    main({"websocket": websocket, "triton": triton, "ray": ray, "echo": echo}[sys.argv[1]])

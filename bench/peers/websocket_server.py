@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import torch
-from websockets.asyncio.server import serve
+from websockets.asyncio.server import serve  # pyright: ignore[reportMissingImports]
 
 from tenuto_models import Policy, checkpoint
 from tenuto_models.sampling import uniforms

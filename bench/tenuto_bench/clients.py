@@ -6,7 +6,9 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -14,23 +16,37 @@ import numpy as np
 from tenuto_bench.cases import Case, Order, Outcome, Recording, Share
 
 _CLOSE_S = 20.0
+_START_S = 60.0
 SAMPLED = 4
 """Sessions of a case that are recorded, in each process."""
+OWN_CLIENT = (sys.executable, "-W", "ignore", "-m", "tenuto_bench.load")
+"""The command of a client process with tenuto's client. Others speak the same lines: see loops.py."""
 
 
 class LoadError(Exception):
-    """A client process ended before it had reported."""
+    """A client process ended, or hung, before it had reported."""
 
 
 class Clients:
     """Started with their sessions open, and set off together by :meth:`warm_up`."""
 
-    def __init__(self, address: str, case: Case, warmup_s: float, seconds: float, sampled: int = SAMPLED) -> None:
+    def __init__(
+        self,
+        address: str,
+        case: Case,
+        warmup_s: float,
+        seconds: float,
+        sampled: int = SAMPLED,
+        command: Sequence[str] = OWN_CLIENT,
+    ) -> None:
         self.case, self._processes = case, list[subprocess.Popen[str]]()
+        self._limit_s, self._hung = _START_S + warmup_s + 2 * seconds, False
+        self._watchdog = threading.Timer(self._limit_s, self._give_up)
+        self._watchdog.start()
         try:
             for numbers in case.shares():
                 order = Order(address, case, numbers[0], len(numbers), sampled, warmup_s, seconds)
-                self._processes.append(_start(order))
+                self._processes.append(_start(command, order))
             self._await("ready")
         except BaseException:
             self.close()
@@ -50,7 +66,7 @@ class Clients:
         for process in self._processes:
             told = _line(process)
             if not told:
-                raise LoadError(_last_words(process))
+                raise self._end_of(process)
             share = json.loads(told)
             share["recordings"] = [Recording(**recording) for recording in share["recordings"]]
             shares.append(Share(**share))
@@ -68,11 +84,27 @@ class Clients:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            for pipe in (process.stdout, process.stderr):
+                assert pipe is not None
+                pipe.close()
+        self._watchdog.cancel()
+
+    def _give_up(self) -> None:
+        self._hung = True
+        for process in self._processes:
+            process.kill()
 
     def _await(self, word: str) -> None:
         for process in self._processes:
             if _line(process) != word:
-                raise LoadError(_last_words(process))
+                raise self._end_of(process)
+
+    def _end_of(self, process: subprocess.Popen[str]) -> LoadError:
+        process.kill()
+        said = process.communicate()[1].strip().splitlines()
+        if self._hung:
+            return LoadError(f"a client process hung: got no report in {self._limit_s:g} s")
+        return LoadError(f"a client process ended: {said[-1] if said else 'without a word'}")
 
 
 def outcome(case: Case, shares: list[Share], server_s: float | None, batch_rows: float | None) -> Outcome:
@@ -97,11 +129,10 @@ def outcome(case: Case, shares: list[Share], server_s: float | None, batch_rows:
     )
 
 
-def _start(order: Order) -> subprocess.Popen[str]:
+def _start(command: Sequence[str], order: Order) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tenuto_bench.load"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdin is not None
     process.stdin.write(json.dumps(asdict(order)) + "\n")
     process.stdin.flush()
@@ -111,9 +142,3 @@ def _start(order: Order) -> subprocess.Popen[str]:
 def _line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
-
-
-def _last_words(process: subprocess.Popen[str]) -> str:
-    process.kill()
-    errors = process.communicate()[1].strip()
-    return f"a client process ended: {errors.splitlines()[-1] if errors else 'without a word'}"

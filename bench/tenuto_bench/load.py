@@ -1,59 +1,22 @@
-"""One client process: closed loops over its sessions, with tenuto's own client.
-
-Reads an order as a line of JSON, opens its sessions, prints ``ready``, waits for a line, warms up, prints
-``measuring``, measures, prints its share, and closes the sessions when its standard input ends.
-"""
+"""One client process with tenuto's own client."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
-import time
-from abc import ABC, abstractmethod
-from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from tenuto_bench.cases import (
-    NUM_OBSERVATIONS,
-    RECORDED_STEPS,
-    Case,
-    Order,
-    Recording,
-    Share,
-    is_start,
-    observation_number,
-)
+from tenuto_bench.cases import NUM_OBSERVATIONS, RECORDED_STEPS, Order, Recording, is_start, observation_number
+from tenuto_bench.loops import Loop, main, observations, stacked
 from tenuto_client import AsyncRemotePolicy, AsyncRemoteVectorPolicy, TenutoError
 
 OUTPUTS = ("value",)
 
 
-class Loop(ABC):
-    """The closed loop of one policy object: a session, or the rows of a vector policy."""
-
-    def __init__(self, numbers: range, recorded: int) -> None:
-        self.numbers, self.steps = numbers, 0
-        self.recordings = [Recording(number, number) for number in numbers[:recorded]]
-
-    @abstractmethod
-    async def connect(self) -> None:
-        """Open the sessions and prepare what is sent."""
-
-    @abstractmethod
-    async def call(self) -> None:
-        """Make the next step of all rows and record it."""
-
-    @abstractmethod
-    async def close(self) -> None:
-        """End the sessions."""
-
-
 class SessionLoop(Loop):
     """One environment."""
+
+    failures = (TenutoError,)
 
     def __init__(self, order: Order, number: int, *, recorded: bool) -> None:
         super().__init__(range(number, number + 1), int(recorded))
@@ -82,6 +45,8 @@ class SessionLoop(Loop):
 
 class VectorLoop(Loop):
     """The environments of one vector policy."""
+
+    failures = (TenutoError,)
 
     def __init__(self, order: Order, numbers: range, recorded: int) -> None:
         super().__init__(numbers, recorded)
@@ -125,19 +90,6 @@ def record(recording: Recording, version: Any, action: Any, value: Any) -> None:
     recording.values.append(float(value))
 
 
-def observations(space: Any) -> list[Any]:
-    """The load's observations, the same in every process."""
-    space.seed(0)
-    return [space.sample() for _ in range(NUM_OBSERVATIONS)]
-
-
-def stacked(space: Any, rows: list[Any]) -> Any:
-    """A batch in the layout of gymnasium's vector environments."""
-    from gymnasium.vector.utils import concatenate, create_empty_array
-
-    return concatenate(space, rows, create_empty_array(space, len(rows)))
-
-
 def loops_of(order: Order) -> list[Loop]:
     """The loops of this process; its first sessions are the recorded ones."""
     numbers = range(order.first, order.first + order.count)
@@ -150,48 +102,5 @@ def loops_of(order: Order) -> list[Loop]:
     ]
 
 
-async def run(order: Order) -> None:
-    """Connect, wait for the sign, warm up, measure, report, and close when told to."""
-    loops, errors, latencies = loops_of(order), Counter[str](), list[float]()
-    for loop in loops:
-        await loop.connect()
-    print("ready", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
-
-    async def drive(loop: Loop, end_s: float) -> int:
-        calls = 0
-        while (began_s := time.perf_counter()) < end_s:
-            try:
-                await loop.call()
-                calls += 1
-            except TenutoError as error:
-                errors[type(error).__name__] += 1
-            latencies.append(time.perf_counter() - began_s)
-        return calls * len(loop.numbers)
-
-    async def drive_all(seconds: float) -> int:
-        end_s = time.perf_counter() + seconds
-        return sum(await asyncio.gather(*(drive(loop, end_s) for loop in loops)))
-
-    await drive_all(order.warmup_s)
-    latencies.clear()
-    print("measuring", flush=True)
-    began_s, cpu_s = time.perf_counter(), time.process_time()
-    steps = await drive_all(order.seconds)
-    took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
-    recordings = [recording for loop in loops for recording in loop.recordings]
-    share = Share(steps, took_s, [1e3 * s for s in latencies], cpu_s, dict(errors), recordings)
-    print(json.dumps(asdict(share)), flush=True)
-    # The sessions stay until nobody listens any more.
-    await asyncio.to_thread(sys.stdin.readline)
-    await asyncio.gather(*(loop.close() for loop in loops))
-
-
-def main() -> None:
-    """Entry point of a client process."""
-    told = json.loads(sys.stdin.readline())
-    asyncio.run(run(Order(**(told | {"case": Case(**told["case"])}))))
-
-
 if __name__ == "__main__":
-    main()
+    main(loops_of)

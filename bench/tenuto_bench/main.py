@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from tenuto_bench.cases import MODES, Case, Outcome
-from tenuto_bench.clients import Clients, LoadError, outcome
+from tenuto_bench.clients import SAMPLED, Clients, LoadError, outcome
 from tenuto_bench.replay import count_wrong
 from tenuto_bench.served import MEMORIES, Served, ServerError, own_server
 
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"tenuto-bench: {bad} steps failed or were answered wrongly")
 
 
-def measure(served: Served, case: Case, warmup_s: float, seconds: float) -> Outcome:
-    """Run one case and check its answers. Raises LoadError or ServerError."""
-    clients = Clients(served.address, case, warmup_s, seconds)
+def measure(served: Served, case: Case, warmup_s: float, seconds: float, sampled: int = SAMPLED) -> Outcome:
+    """Run one case and check the answers to ``sampled`` sessions of each process. Raises LoadError or ServerError."""
+    clients = Clients(served.address, case, warmup_s, seconds, sampled)
     try:
         names = (PROCESS_CPU, BATCHES, ROWS) if served.metrics_url else ()
         clients.warm_up()
@@ -66,7 +66,7 @@ def measure(served: Served, case: Case, warmup_s: float, seconds: float) -> Outc
     finally:
         clients.close()
     found = outcome(case, shares, spent[0] if spent else None, spent[2] / max(spent[1], 1) if spent else None)
-    if served.repository is not None:
+    if served.repository is not None and sampled:
         recordings = [recording for share in shares for recording in share.recordings]
         found.checked, found.wrong = count_wrong(recordings, served.repository, case.policy)
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tenuto_bench.cases import Recording, is_start, observation_number
-from tenuto_bench.load import observations, stacked
+from tenuto_bench.loops import observations, stacked
 from tenuto_models import Policy, checkpoint
 from tenuto_models.sampling import uniforms
 from tenuto_proto import ObservationCodec, space_to_wire
