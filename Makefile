@@ -94,7 +94,7 @@ pictures: $(VENV)/study  ## Draw the runs kept in bench/results into docs/pictur
 bench-startup: install  ## Measure start-up times and memory at rest, about a minute.
 	$(BIN)/python bench/startup.py
 
-bench-observing: install  ## Measure what the metrics cost, some six minutes.
+bench-observing: install  ## Measure what the metrics cost, a quarter of an hour.
 	$(BIN)/python bench/observing.py
 
 bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.

@@ -24,10 +24,10 @@ def goals_of(rows: Rows) -> list[Goal]:
         return Goal(f"{what}: steps/s, of the best peer's", got, 1, at_least=True)
 
     return [
-        *(beside(f"{n} on a stream", of_best_peer(n, "stream")) for n in (1, 16, 64, 256)),
+        *(beside(f"sessions on a stream, {n}", of_best_peer(n, "stream")) for n in (1, 16, 64, 256)),
         beside("16 processes, one on a stream each", of_best_peer(16, "stream", 16)),
         Goal("16 processes, one on a stream each: server CPU per step, of Triton's", ratio(ours, tritons), 0.5),
-        *(beside(f"{n} unary", of_best_peer(n, "unary")) for n in (64, 256)),
+        *(beside(f"sessions, unary, {n}", of_best_peer(n, "unary")) for n in (64, 256)),
         *(
             Goal(f"StepBatch of 256, {policy}: server µs per session, all but the forward pass", own_us(policy), 2)
             for policy in ("frameconv", "dnc")

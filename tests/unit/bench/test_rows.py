@@ -95,7 +95,7 @@ def test_goals_are_judged_from_the_rows_they_name_and_no_others() -> None:
     goals = {goal.what: goal for goal in goals_of(rows)}
     judged = {what: goal.got for what, goal in goals.items() if goal.held is not None}
     assert judged == {
-        "64 unary: steps/s, of the best peer's": 0.9,
+        "sessions, unary, 64: steps/s, of the best peer's": 0.9,
         "16 processes, one on a stream each: steps/s, of the best peer's": 2.0,
         "16 processes, one on a stream each: server CPU per step, of Triton's": 0.4,
         "StepBatch of 256, frameconv: server µs per session, all but the forward pass": 1.5,
