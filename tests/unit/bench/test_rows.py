@@ -90,18 +90,22 @@ def test_goals_are_judged_from_the_rows_they_name_and_no_others() -> None:
         (64, 1, "Triton", figures(100.0)),
         (16, 16, "tenuto, stream", figures(100.0, server_us=40.0)),
         (16, 16, "Triton", figures(50.0, server_us=100.0)),
-        (256, 1, "tenuto, batch", replace(figures(1.0, p99_ms=4.0), own_us=1.5)),
+        (256, 1, "tenuto, batch", replace(figures(100.0, p99_ms=4.0), own_us=1.5)),
+        (256, 1, "Ray Serve", figures(4.0)),
+        (256, 1, FORWARD, figures(200.0)),
     )
     goals = {goal.what: goal for goal in goals_of(rows)}
     judged = {what: goal.got for what, goal in goals.items() if goal.held is not None}
     assert judged == {
-        "sessions, unary, 64: steps/s, of the best peer's": 0.9,
-        "16 processes, one on a stream each: steps/s, of the best peer's": 2.0,
-        "16 processes, one on a stream each: server CPU per step, of Triton's": 0.4,
+        "64 sessions, unary: steps/s, of Triton's": 0.9,
+        "16 processes, one session on a stream each: steps/s, of the best peer's": 2.0,
+        "16 processes, one session on a stream each: server CPU per step, of Triton's": 0.4,
+        "StepBatch of 256, frameconv: steps/s, of the best peer's": 25.0,
+        "StepBatch of 256, frameconv: steps/s, of the bare forward pass's": 0.5,
         "StepBatch of 256, frameconv: server µs per session, all but the forward pass": 1.5,
         "p99 by p50, where it is longest (frameconv, tenuto, batch, 256 in 1)": 4.0,
     }
-    assert [goals[what].held for what in judged] == [True, True, False, True, False]
+    assert [goals[what].held for what in judged] == [True, True, False, True, False, True, False]
 
 
 def test_a_table_is_markdown_too() -> None:
