@@ -323,3 +323,19 @@ async def test_a_fault_of_ours_is_told_to_every_caller_of_the_turn(monkeypatch: 
     calls = [desk.step(1), desk.step(2)]
     await turn()
     assert [desk.answers[call] for call in calls] == [fault, fault]
+
+
+async def test_a_row_whose_session_moved_on_meanwhile_is_told_so() -> None:
+    desk = Desk()
+    desk.open(1, 2)
+    first = desk.step(1)
+    await turn()
+    rows = desk.batch([1, 2])  # Joins the first step; its other row waits for the next batch,
+    desk.intake.end_turn()
+    ahead = desk.step(1, index=1)  # in which the session of the first takes its next step.
+    desk.engine.finish()
+    desk.engine.finish()
+    assert desk.applied(first, rows, ahead) and desk.batches == 2
+    (error,) = desk.answers[rows].errors
+    assert error.row == 0 and error.error.reason == pb.STEP_INDEX_MISMATCH
+    assert list(desk.answers[rows].versions) == [0, 1]
