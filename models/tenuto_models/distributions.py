@@ -6,6 +6,7 @@ Legend: B rows, K logits, A action dimensions. Every random draw comes as ``unif
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Protocol
 
@@ -37,6 +38,10 @@ class ActionDistribution(Protocol):
 
     def to_space(self, raw: Tensor) -> Tensor:
         """Raw action ``[B, A]`` -> action of the space ``[B, *shape]`` in the space's units and dtype."""
+        ...
+
+    def to(self, device: torch.device) -> ActionDistribution:
+        """Return a copy whose constants are on a device: nothing is copied there when it is used."""
         ...
 
 
@@ -72,6 +77,12 @@ class Categoricals:
     def to_space(self, raw: Tensor) -> Tensor:
         """Add the start of each entry and take the space's shape and dtype."""
         return (raw + self._starts.to(raw.device)).to(self.dtype).view(-1, *self.shape)
+
+    def to(self, device: torch.device) -> Categoricals:
+        """Return a copy whose constants are on a device."""
+        moved = copy.copy(self)
+        moved._starts = self._starts.to(device)
+        return moved
 
 
 class Gaussian:
@@ -115,6 +126,13 @@ class Gaussian:
         # Clipped in the space's own dtype, in which its bounds are exact.
         clipped = scaled.to(self.dtype).clamp(self._low.to(device), self._high.to(device))
         return clipped.view(-1, *self.shape)
+
+    def to(self, device: torch.device) -> Gaussian:
+        """Return a copy whose constants are on a device."""
+        moved = copy.copy(self)
+        for name in ("_scale", "_shift", "_low", "_high"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
 
 def distribution_for(space: spaces.Space[Any]) -> ActionDistribution:
