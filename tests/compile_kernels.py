@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tenuto_models.fused import dnc, linear, rows
+from tenuto_models.fused import dnc, draw, linear, rows
 
 DNC = {"HIDDEN": 256, "CELLS": 16, "WIDTH": 16, "HEADS": 4}
 ODD = {"HIDDEN": 24, "CELLS": 5, "WIDTH": 7, "HEADS": 3}
@@ -27,10 +27,15 @@ CASES: list[tuple[Any, dict[str, Any], int]] = [
     (dnc._access, ODD | {"N": 8, "W": 8}, 1),
     (dnc._access, LARGE | {"N": 64, "W": 32}, 4),
     (rows._append, {"KEPT": 768, "FEATURES": 256, "BLOCK": 1024}, 4),
+    (draw._draw, {"LOGITS": 9, "PARTS": 3, "BLOCK": 16}, 1),
+    (draw._draw, {"LOGITS": 8192, "PARTS": 1, "BLOCK": 8192}, 8),
     (rows._store, {"WIDTH": 1200, "STRIDE": 1200, "BLOCK": 1024}, 4),
     *((linear._linear, LINEAR | {"PRECISION": p}, 4) for p in ("ieee", "tf32x3", "tf32")),
 ]
-TYPES = {"slots": "*i64", "episode_starts": "*i1", "keep": "*i1", "spare": "i32", "num_rows": "i32"}
+TYPES = {
+    "slots": "*i64", "t": "*i64", "counters": "*i64", "actions": "*i64", "starts": "*i64", "ends": "*i32",
+    "episode_starts": "*i1", "keep": "*i1", "deterministic": "*i1", "finite": "*i1", "spare": "i32", "num_rows": "i32",
+}  # fmt: skip
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:

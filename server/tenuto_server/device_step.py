@@ -6,7 +6,7 @@ Legend: n rows of a batch, B rows of its bucket, O flattened observation, A raw 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tenuto_models import Policy
+from tenuto_models import Policy, PolicyOutput
 from tenuto_server.arena import Slots, StateArena
 from tenuto_server.staging import Column, StagedColumns, Staging
 
@@ -80,16 +80,18 @@ class DeviceStep:
         self._buckets, self._prepared = tuple(sorted(buckets)), dict[int, _Bucket]()
         self._last: _Bucket | None = None
         """Whose columns the buffers hold."""
-        self._state, self._policy = arena, policy
+        self._state, self._policy, self._draw = arena, policy, self._draw_plainly
+        self._distribution = distribution = policy.distribution.to(self.device)
         if self.is_fused:
-            from tenuto_models.fused import StateRows, fix_tiles, fuse
+            from tenuto_models.fused import FusedDraw, StateRows, can_draw, fix_tiles, fuse
 
             # The kernels address the arena's own memory.
             self._state = StateRows(arena._matrices)  # pyright: ignore[reportPrivateUsage]
             self._policy = fuse(policy, self._state)
             if tiles is not None:
                 fix_tiles(self._policy, tiles)
-        self._distribution = distribution = policy.distribution.to(self.device)
+            if can_draw(policy.distribution):
+                self._draw = FusedDraw(policy.distribution, self.device)
         action = policy.distribution.to_space(policy.distribution.greedy(torch.zeros(1, distribution.num_logits)))
         self._inputs = Staging(
             [
@@ -197,14 +199,20 @@ class DeviceStep:
         slots = inputs["slots"]
         state = self._state.gather(slots, inputs["episode_starts"])
         output, after = self._policy.step(inputs["observations"], state)
+        self._draw(output, inputs["uniforms"], inputs["deterministic"], outputs)
+        self._state.scatter(slots, after, keep=outputs["finite"])
+
+    def _draw_plainly(
+        self, output: PolicyOutput, uniforms: Tensor, deterministic: Tensor, results: Mapping[str, Tensor]
+    ) -> None:
+        """Draw with ``uniforms [B, A]``, or take the likeliest where ``deterministic [B]``, and fill the results."""
         distribution, logits = self._distribution, output.logits
-        drawn = distribution.sample(logits, inputs["uniforms"])
-        raw = torch.where(inputs["deterministic"].view(-1, 1), distribution.greedy(logits), drawn)
+        drawn = distribution.sample(logits, uniforms)
+        raw = torch.where(deterministic.view(-1, 1), distribution.greedy(logits), drawn)
         log_probs = distribution.log_prob(logits, raw)
         finite = torch.isfinite(logits).all(dim=1) & torch.isfinite(output.value + log_probs)
-        self._state.scatter(slots, after, keep=finite)
-        results = (distribution.to_space(raw), output.value, log_probs, logits, finite)
-        for column, result in zip(outputs.values(), results, strict=True):
+        computed = (distribution.to_space(raw), output.value, log_probs, logits, finite)
+        for column, result in zip(results.values(), computed, strict=True):
             column.copy_(result)
 
     def _synchronize(self) -> None:

@@ -39,12 +39,11 @@ class StateRows:
 
     def scatter(self, slots: Tensor, state: State, keep: Tensor) -> None:
         """Store ``state["rows"] [B, S]`` and ``state["t"] [B, 1]`` at ``slots`` where ``keep [B]``; never padding."""
-        for after, matrix in ((state["rows"], self.rows), (state["t"], self.counters)):
-            width = matrix.shape[1]
-            launch(
-                _store, (len(slots), triton.cdiv(width, _BLOCK)), after, matrix, slots, keep, len(matrix) - 1,
-                WIDTH=width, STRIDE=after.stride(0), BLOCK=_BLOCK,
-            )  # fmt: skip
+        after, width = state["rows"], self.rows.shape[1]
+        launch(
+            _store, (len(slots), triton.cdiv(width, _BLOCK)), after, state["t"], self.rows, self.counters, slots, keep,
+            len(self.rows) - 1, WIDTH=width, STRIDE=after.stride(0), BLOCK=_BLOCK,
+        )  # fmt: skip
 
 
 def frames(z: Tensor, windows: Tensor, state: State) -> Tensor:
@@ -72,10 +71,13 @@ def _append(z, windows, slots, episode_starts, x, KEPT: tl.constexpr, FEATURES: 
 
 
 @triton.jit
-def _store(after, matrix, slots, keep, spare, WIDTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _store(
+    after, t, rows, counters, slots, keep, spare, WIDTH: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per row and BLOCK of its columns."""
-    row = tl.program_id(0)
+    row, block = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + row)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    stored = (k < WIDTH) & (tl.load(keep + row) != 0) & (slot != spare)
-    tl.store(matrix + slot * WIDTH + k, tl.load(after + row * STRIDE + k, mask=stored), mask=stored)
+    kept = (tl.load(keep + row) != 0) & (slot != spare)
+    k = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(rows + slot * WIDTH + k, tl.load(after + row * STRIDE + k, mask=k < WIDTH), mask=(k < WIDTH) & kept)
+    tl.store(counters + slot, tl.load(t + row), mask=kept & (block == 0))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kernels import CUDA, DEVICES
-from tenuto_models import DNCConfig, FrameconvConfig, Policy, PolicyConfig
+from tenuto_models import DNCConfig, FrameconvConfig, Policy, PolicyConfig, PolicyOutput
+from tenuto_models.distributions import distribution_for
 
 triton = pytest.importorskip("triton", reason="this system has no Triton")
 import triton.language as tl  # noqa: E402
 
-from tenuto_models.fused import FixedTileLinear, StateRows, dnc, fix_tiles, fuse  # noqa: E402
+from tenuto_models.fused import FixedTileLinear, FusedDraw, StateRows, can_draw, dnc, fix_tiles, fuse  # noqa: E402
 from tenuto_models.fused.launch import launch  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -164,6 +166,67 @@ def test_a_layer_in_fixed_tiles_computes_it_in_the_same_bits_for_any_number_of_r
         assert torch.equal(tiled(x[part]), whole[part])
 
 
+def drawn(
+    space: spaces.Space[Any], logits: Tensor, value: Tensor, uniforms: Tensor, greedy: Tensor
+) -> dict[str, Tensor]:
+    """What the kernel fills in."""
+    distribution, n = distribution_for(space), len(logits)
+    action = distribution.to_space(distribution.greedy(logits.cpu()))
+    results = {
+        "actions": torch.empty_like(action, device=logits.device),
+        "values": torch.empty_like(value),
+        "log_probs": torch.empty_like(value),
+        "logits": torch.empty_like(logits),
+        "finite": torch.empty(n, dtype=torch.bool, device=logits.device),
+    }
+    FusedDraw(distribution, logits.device)(PolicyOutput(logits, value, logits), uniforms, greedy, results)
+    return results
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(1, start=3),
+        spaces.Discrete(300, start=-2),
+        spaces.MultiDiscrete([[3, 1], [2, 5]], start=[[1, 0], [-4, 2]]),
+        spaces.MultiBinary((2, 3)),
+    ],
+    ids=lambda space: type(space).__name__,
+)
+def test_fused_draws_are_those_of_the_distribution(space: spaces.Space[Any], device: str) -> None:
+    torch.manual_seed(0)
+    distribution = distribution_for(space)
+    # Few different logits, so that the likeliest classes are often tied; uniforms up to the ends of their interval.
+    logits = torch.randint(-2, 3, (40, distribution.num_logits)).float().to(device)
+    uniforms = torch.rand(40, distribution.num_uniforms, device=device)
+    uniforms[0], uniforms[1] = 2.0**-24, 1 - 2.0**-24
+    value, greedy = torch.randn(40, device=device), torch.arange(40, device=device) % 2 == 1
+    greedy[1] = False
+    results = drawn(space, logits, value, uniforms, greedy)
+    raw = torch.where(greedy.unsqueeze(1), distribution.greedy(logits), distribution.sample(logits, uniforms))
+    assert torch.equal(results["actions"], distribution.to_space(raw))
+    assert torch.equal(results["values"], value) and torch.equal(results["logits"], logits)
+    torch.testing.assert_close(results["log_probs"], distribution.log_prob(logits, raw), rtol=0, atol=2e-6)
+    assert results["finite"].all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_draw_is_finite_only_if_all_of_it_is(device: str) -> None:
+    logits, value = torch.zeros(6, 5, device=device), torch.zeros(6, device=device)
+    logits[1, 4], logits[2, 0], logits[3, 2] = torch.nan, torch.inf, -torch.inf
+    value[4], value[5] = torch.inf, torch.nan
+    uniforms, greedy = torch.full((6, 2), 0.5, device=device), torch.zeros(6, dtype=torch.bool, device=device)
+    results = drawn(spaces.MultiDiscrete([2, 3]), logits, value, uniforms, greedy)
+    assert results["finite"].tolist() == [True] + [False] * 5
+
+
+def test_only_some_categoricals_are_drawn_by_the_kernel() -> None:
+    assert can_draw(distribution_for(spaces.Discrete(8192))) and not can_draw(distribution_for(spaces.Discrete(8193)))
+    assert not can_draw(distribution_for(spaces.Box(-1, 1, (2,))))
+
+
 @triton.jit
 def _evaluate(x, y, FUNCTION: tl.constexpr, SIZE: tl.constexpr):
     k = tl.arange(0, SIZE)
@@ -195,7 +258,15 @@ def test_the_compiler_takes_every_kernel_and_keeps_it_in_registers(capability: i
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     spilled_bytes = [line.split() for line in done.stdout.splitlines()]
-    assert {name for name, _ in spilled_bytes} == {"_collect", "_lstm", "_access", "_append", "_store", "_linear"}
+    assert {name for name, _ in spilled_bytes} == {
+        "_collect",
+        "_lstm",
+        "_access",
+        "_append",
+        "_draw",
+        "_store",
+        "_linear",
+    }
     assert {num_bytes for _, num_bytes in spilled_bytes} == {"0"}
 
 
