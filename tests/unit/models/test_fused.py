@@ -212,6 +212,13 @@ def test_fused_draws_are_those_of_the_distribution(space: spaces.Space[Any], dev
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_uniform_at_the_border_of_two_classes_draws_the_upper_one(device: str) -> None:
+    even = torch.zeros(1, 2, device=device)
+    half, greedy = torch.full((1, 1), 0.5, device=device), torch.tensor([False], device=device)
+    assert drawn(spaces.Discrete(2), even, even[:, 0], half, greedy)["actions"].tolist() == [1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_draw_is_finite_only_if_all_of_it_is(device: str) -> None:
     logits, value = torch.zeros(6, 5, device=device), torch.zeros(6, device=device)

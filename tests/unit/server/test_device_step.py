@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import CUDA, interpreted, needs_cuda
 from serving import small_policy
@@ -198,6 +200,35 @@ def test_two_versions_step_the_sessions_of_one_arena(memory: str, device: str, f
         different = other.advance(**columns_of(new, [3, 4], index))
         np.testing.assert_allclose(got.logits, expected.logits, rtol=0, atol=1e-4)
         assert different.finite.all() and np.abs(different.logits - got.logits[:2]).max() > 0.01
+
+
+class Crossings(TorchDispatchMode):
+    """Notes the operations that touch a tensor beside the device, or need its values on the host."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device, self.num_operations, self.found = device, 0, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, results)) if isinstance(t, torch.Tensor)]
+        self.num_operations += 1
+        if any(t.device.type != self.device for t in tensors) or func is torch.ops.aten._local_scalar_dense.default:
+            self.found.append(str(func))
+        return results
+
+
+@pytest.mark.parametrize("actions", ACTIONS)
+def test_between_its_two_copies_a_step_neither_waits_for_the_device_nor_crosses_to_it(
+    memory: str, actions: str
+) -> None:
+    # Capturing forbids both. A device without memory stands for the GPU: what is not on it is on the host.
+    policy = policy_of(memory, actions).to("meta")
+    step = DeviceStep(policy, StateArena(policy.state_spec, CAPACITY, torch.device("meta")), BUCKETS)
+    inputs, outputs = step._inputs.columns_of(8), step._outputs.columns_of(8)
+    with torch.inference_mode(), Crossings("meta") as crossings:
+        step._compute(inputs.device, outputs.device)
+    assert crossings.num_operations > 50 and crossings.found == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
