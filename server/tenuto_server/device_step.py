@@ -6,6 +6,7 @@ Legend: n rows of a batch, B rows of its bucket, O flattened observation, A raw 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,8 +26,24 @@ from tenuto_server.staging import Column, StagedColumns, Staging
 if TYPE_CHECKING:
     from tenuto_models.fused import Precision
 
+log = logging.getLogger(__name__)
 _NUM_WARM_UPS = 3
 """Runs before a capture: libraries choose and load their kernels in them, and Triton compiles its own."""
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device; logs why not. Without them torch's own do, many more of them."""
+    if find_spec("triton") is None:
+        obstacle = "Triton is not installed"
+    else:
+        from tenuto_models.fused import obstacle_on
+
+        obstacle = obstacle_on(device)
+    if obstacle is not None:
+        log.warning(
+            "steps on %s are slower than they could be, since its fused kernels do not run: %s", device, obstacle
+        )
+    return obstacle is None
 
 
 class DeviceResults(NamedTuple):
@@ -73,7 +90,7 @@ class DeviceStep:
         """
         self.device = next(policy.parameters()).device
         on_gpu = self.device.type == "cuda"
-        self.is_fused = on_gpu and find_spec("triton") is not None if fused is None else fused
+        self.is_fused = on_gpu and can_fuse(self.device) if fused is None else fused
         self.is_captured = on_gpu if captured is None else captured
         assert on_gpu or not self.is_captured, "only a GPU has graphs"
         assert self.is_fused or tiles is None, "tiles are a part of the fused step"

@@ -16,11 +16,12 @@ from tenuto_models.frameconv import FrameconvCore
 from tenuto_models.fused.dnc import FusedDNC
 from tenuto_models.fused.draw import FusedDraw, can_draw
 from tenuto_models.fused.frameconv import FusedFrameconv
+from tenuto_models.fused.launch import obstacle_on
 from tenuto_models.fused.linear import FixedTileLinear, Precision, fix_tiles
 from tenuto_models.fused.rows import StateRows
 from tenuto_models.policy import Policy
 
-__all__ = ["FixedTileLinear", "FusedDraw", "Precision", "StateRows", "can_draw", "fix_tiles", "fuse"]
+__all__ = ["FixedTileLinear", "FusedDraw", "Precision", "StateRows", "can_draw", "fix_tiles", "fuse", "obstacle_on"]
 
 
 def fuse(policy: Policy, rows: StateRows) -> Policy:

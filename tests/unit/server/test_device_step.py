@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +15,12 @@ from gymnasium import spaces
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import CUDA, interpreted, needs_cuda
+from kernels import CUDA, DEVICES, interpreted, needs_cuda
 from serving import small_policy
 from tenuto_models import Policy
 from tenuto_models.sampling import uniforms
 from tenuto_server.arena import StateArena
-from tenuto_server.device_step import DeviceResults, DeviceStep
+from tenuto_server.device_step import DeviceResults, DeviceStep, can_fuse
 
 CAPACITY, BUCKETS = 12, (1, 4, 8)
 OBSERVATIONS = spaces.Box(-1, 1, (7,))
@@ -229,6 +233,21 @@ def test_between_its_two_copies_a_step_neither_waits_for_the_device_nor_crosses_
     with torch.inference_mode(), Crossings("meta") as crossings:
         step._compute(inputs.device, outputs.device)
     assert crossings.num_operations > 50 and crossings.found == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_that_run_are_taken(device: str) -> None:
+    assert can_fuse(torch.device(device))
+
+
+def test_kernels_that_cannot_run_are_not_taken_and_the_log_says_why(tmp_path: Path) -> None:
+    # Not interpreted, and without a compiler: as in an image for a GPU that has none.
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CC")}
+    environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    script = f"import torch\nfrom tenuto_server.device_step import can_fuse\nprint(can_fuse(torch.device('{device}')))"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n" and "fused kernels do not run: RuntimeError" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
