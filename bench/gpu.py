@@ -83,7 +83,7 @@ def floors_us(policy: Policy, num_rows: int, tflops: float, tb_per_s: float) -> 
 def measured(policy: Policy, num_rows: int, device: torch.device) -> dict[str, float]:
     """Microseconds by way, and of the whole call of the fused one."""
     arena, rows = StateArena(policy.state_spec, CAPACITY, device), columns(num_rows)
-    steps = {way: DeviceStep(policy, arena, (num_rows,), **options) for way, options in WAYS.items()}
+    steps = {way: DeviceStep(policy, arena, (num_rows,), device, **options) for way, options in WAYS.items()}
     for step in steps.values():
         step.advance(**rows)
     took: dict[str, list[float]] = {way: [] for way in (*steps, "call")}

@@ -78,17 +78,19 @@ class DeviceStep:
         policy: Policy,
         arena: StateArena,
         buckets: Sequence[int],
+        device: torch.device,
         *,
         fused: bool | None = None,
         captured: bool | None = None,
         tiles: Precision | None = None,
     ) -> None:
-        """Take what ``None`` stands for where it is to be had: fused kernels (Triton) and captured graphs on a GPU.
+        """Take a policy and an arena that are on the device.
 
-        ``tiles`` replaces the library's matrix products in the fused step by products that are the same bits in every
-        bucket, of that precision.
+        None is the best that is to be had there: on a GPU fused kernels (Triton) and captured graphs. ``tiles``
+        replaces the library's matrix products in the fused step by products that are the same bits in every bucket, of
+        that precision.
         """
-        self.device = next(policy.parameters()).device
+        self.device = device
         on_gpu = self.device.type == "cuda"
         self.is_fused = on_gpu and can_fuse(self.device) if fused is None else fused
         self.is_captured = on_gpu if captured is None else captured

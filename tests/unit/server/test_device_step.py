@@ -56,7 +56,7 @@ class Served:
         spare = {t.name: torch.full((1, *t.shape), 7, dtype=t.dtype, device=device) for t in policy.state_spec}
         spare = {name: tensor * torch.nan if tensor.is_floating_point() else tensor for name, tensor in spare.items()}
         self.arena.scatter(torch.tensor([CAPACITY], device=device), spare, torch.tensor([True], device=device))
-        self.step = DeviceStep(self.policy, self.arena, BUCKETS, fused=fused, **options)
+        self.step = DeviceStep(self.policy, self.arena, BUCKETS, torch.device(device), fused=fused, **options)
 
     def advance(self, columns: dict[str, Any]) -> DeviceResults:
         return self.step.advance(**columns)
@@ -197,7 +197,7 @@ def test_results_are_kept_by_who_got_them(device: str, fused: bool) -> None:
 def test_two_versions_step_the_sessions_of_one_arena(memory: str, device: str, fused: bool) -> None:
     old, new = policy_of(memory), small_policy(memory, OBSERVATIONS, ACTIONS["discrete"], seed=1).requires_grad_(False)
     served, plain = Served(old, device, fused), Plain(policy_of(memory))
-    other = DeviceStep(new.to(device), served.arena, BUCKETS, fused=fused)
+    other = DeviceStep(new.to(device), served.arena, BUCKETS, torch.device(device), fused=fused)
     for index in range(3):
         columns = columns_of(old, [0, 1, 2], index)
         got, expected = served.advance(columns), plain.advance(columns)
@@ -227,8 +227,9 @@ def test_between_its_two_copies_a_step_neither_waits_for_the_device_nor_crosses_
     memory: str, actions: str
 ) -> None:
     # Capturing forbids both. A device without memory stands for the GPU: what is not on it is on the host.
-    policy = policy_of(memory, actions).to("meta")
-    step = DeviceStep(policy, StateArena(policy.state_spec, CAPACITY, torch.device("meta")), BUCKETS)
+    meta = torch.device("meta")
+    policy = policy_of(memory, actions).to(meta)
+    step = DeviceStep(policy, StateArena(policy.state_spec, CAPACITY, meta), BUCKETS, meta)
     inputs, outputs = step._inputs.columns_of(8), step._outputs.columns_of(8)
     with torch.inference_mode(), Crossings("meta") as crossings:
         step._compute(inputs.device, outputs.device)
@@ -252,12 +253,12 @@ def test_kernels_that_cannot_run_are_not_taken_and_the_log_says_why(tmp_path: Pa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_cpu_captures_nothing_and_needs_no_triton() -> None:
-    policy = policy_of("dnc")
-    arena = StateArena(policy.state_spec, CAPACITY, torch.device("cpu"))
-    step = DeviceStep(policy, arena, BUCKETS)
+    policy, cpu = policy_of("dnc"), torch.device("cpu")
+    arena = StateArena(policy.state_spec, CAPACITY, cpu)
+    step = DeviceStep(policy, arena, BUCKETS, cpu)
     assert not step.is_captured and not step.is_fused
     with pytest.raises(AssertionError, match="only a GPU has graphs"):
-        DeviceStep(policy, arena, BUCKETS, captured=True)
+        DeviceStep(policy, arena, BUCKETS, cpu, captured=True)
 
 
 @pytest.mark.parametrize("device", [CUDA])
