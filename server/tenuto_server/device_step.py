@@ -92,7 +92,8 @@ class DeviceStep:
         """
         self.device = device
         on_gpu = self.device.type == "cuda"
-        self.is_fused = on_gpu and can_fuse(self.device) if fused is None else fused
+        with self._context():
+            self.is_fused = on_gpu and can_fuse(self.device) if fused is None else fused
         self.is_captured = on_gpu if captured is None else captured
         assert on_gpu or not self.is_captured, "only a GPU has graphs"
         assert self.is_fused or tiles is None, "tiles are a part of the fused step"
