@@ -24,6 +24,10 @@ class ActionDistribution(Protocol):
     num_logits: int
     num_uniforms: int
 
+    def to(self, device: torch.device) -> ActionDistribution:
+        """Return a copy whose constants are on a device: nothing is copied there when it is used."""
+        ...
+
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Draw: logits ``[B, K]``, uniforms ``[B, A]`` -> raw action ``[B, A]``."""
         ...
@@ -40,10 +44,6 @@ class ActionDistribution(Protocol):
         """Raw action ``[B, A]`` -> action of the space ``[B, *shape]`` in the space's units and dtype."""
         ...
 
-    def to(self, device: torch.device) -> ActionDistribution:
-        """Return a copy whose constants are on a device: nothing is copied there when it is used."""
-        ...
-
 
 class Categoricals:
     """Independent categoricals: Discrete (one), MultiDiscrete (one per entry), MultiBinary (two-way, one per bit)."""
@@ -52,6 +52,12 @@ class Categoricals:
         self.sizes, self.shape, self.dtype = sizes, shape, dtype
         self.num_logits, self.num_uniforms = sum(sizes), len(sizes)
         self._starts = torch.tensor(starts, dtype=torch.int64)
+
+    def to(self, device: torch.device) -> Categoricals:
+        """Return a copy whose constants are on a device."""
+        moved = copy.copy(self)
+        moved._starts = self._starts.to(device)
+        return moved
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Invert the cumulative distribution: the first class whose cumulated probability exceeds the uniform."""
@@ -78,12 +84,6 @@ class Categoricals:
         """Add the start of each entry and take the space's shape and dtype."""
         return (raw + self._starts.to(raw.device)).to(self.dtype).view(-1, *self.shape)
 
-    def to(self, device: torch.device) -> Categoricals:
-        """Return a copy whose constants are on a device."""
-        moved = copy.copy(self)
-        moved._starts = self._starts.to(device)
-        return moved
-
 
 class Gaussian:
     """Diagonal Gaussian for Box: logits are ``[mean, log_std]``, each A wide.
@@ -103,6 +103,13 @@ class Gaussian:
         self._shift = torch.where(bounded, high / 2 + low / 2, torch.zeros_like(low))
         self.dtype = torch.from_numpy(np.empty(0, dtype=space.dtype)).dtype
         self._low, self._high = low.to(self.dtype), high.to(self.dtype)
+
+    def to(self, device: torch.device) -> Gaussian:
+        """Return a copy whose constants are on a device."""
+        moved = copy.copy(self)
+        for name in ("_scale", "_shift", "_low", "_high"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """``mean + exp(log_std) Φ⁻¹(u)``."""
@@ -126,13 +133,6 @@ class Gaussian:
         # Clipped in the space's own dtype, in which its bounds are exact.
         clipped = scaled.to(self.dtype).clamp(self._low.to(device), self._high.to(device))
         return clipped.view(-1, *self.shape)
-
-    def to(self, device: torch.device) -> Gaussian:
-        """Return a copy whose constants are on a device."""
-        moved = copy.copy(self)
-        for name in ("_scale", "_shift", "_low", "_high"):
-            setattr(moved, name, getattr(self, name).to(device))
-        return moved
 
 
 def distribution_for(space: spaces.Space[Any]) -> ActionDistribution:

@@ -97,7 +97,7 @@ class DeviceStep:
         self.is_captured = on_gpu if captured is None else captured
         assert on_gpu or not self.is_captured, "only a GPU has graphs"
         assert self.is_fused or tiles is None, "tiles are a part of the fused step"
-        self._buckets, self._prepared = tuple(sorted(buckets)), dict[int, _Bucket]()
+        self.sizes, self._prepared = tuple(sorted(buckets)), dict[int, _Bucket]()
         self._last: _Bucket | None = None
         """Whose columns the buffers hold."""
         self._state, self._policy, self._draw = arena, policy, self._draw_plainly
@@ -121,7 +121,7 @@ class DeviceStep:
                 Column("uniforms", torch.float32, (distribution.num_uniforms,), padding=0.5),
                 Column("deterministic", torch.bool),
             ],
-            self._buckets[-1],
+            self.sizes[-1],
             self.device,
         )
         self._outputs = Staging(
@@ -132,7 +132,7 @@ class DeviceStep:
                 Column("logits", torch.float32, (distribution.num_logits,)),
                 Column("finite", torch.bool),
             ],
-            self._buckets[-1],
+            self.sizes[-1],
             self.device,
         )
         self._graph_memory = torch.cuda.graph_pool_handle() if self.is_captured else None
@@ -152,7 +152,7 @@ class DeviceStep:
         Columns ``[n]``; observations ``[n, O]``, uniforms ``[n, A]`` in (0, 1). A bucket's first call prepares it.
         """
         num_rows = len(slots)
-        size = next(size for size in self._buckets if size >= num_rows)
+        size = next(size for size in self.sizes if size >= num_rows)
         with self._context():
             self._last = bucket = self._prepared.get(size) or self._prepare(size)
             columns = (slots, episode_starts, observations, uniforms, deterministic)
