@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-observing bench-training pictures study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-gpu bench-observing bench-training pictures study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -93,6 +93,9 @@ pictures: $(VENV)/study  ## Draw the runs kept in bench/results into docs/pictur
 
 bench-startup: install  ## Measure start-up times and memory at rest, about a minute.
 	$(BIN)/python bench/startup.py
+
+bench-gpu: install  ## Measure a batch's step on a GPU beside the GPU's floors, about a minute.
+	$(BIN)/python bench/gpu.py
 
 bench-observing: install  ## Measure what the metrics cost, a quarter of an hour.
 	$(BIN)/python bench/observing.py

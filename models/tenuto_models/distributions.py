@@ -6,6 +6,7 @@ Legend: B rows, K logits, A action dimensions. Every random draw comes as ``unif
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Protocol
 
@@ -23,6 +24,10 @@ class ActionDistribution(Protocol):
 
     num_logits: int
     num_uniforms: int
+
+    def to(self, device: torch.device) -> ActionDistribution:
+        """Return a copy whose constants are on a device: nothing is copied there when it is used."""
+        ...
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Draw: logits ``[B, K]``, uniforms ``[B, A]`` -> raw action ``[B, A]``."""
@@ -57,6 +62,12 @@ class Categoricals:
         self.num_logits, self.num_uniforms = sum(sizes), len(sizes)
         self._starts = torch.tensor(starts, dtype=torch.int64)
         self._numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))
+
+    def to(self, device: torch.device) -> Categoricals:
+        """Return a copy whose constants are on a device."""
+        moved = copy.copy(self)
+        moved._starts = self._starts.to(device)
+        return moved
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Invert the cumulative distribution: the first class whose cumulated probability exceeds the uniform."""
@@ -110,6 +121,13 @@ class Gaussian:
         self._shift = torch.where(bounded, high / 2 + low / 2, torch.zeros_like(low))
         self.dtype = torch.from_numpy(np.empty(0, dtype=space.dtype)).dtype
         self._low, self._high = low.to(self.dtype), high.to(self.dtype)
+
+    def to(self, device: torch.device) -> Gaussian:
+        """Return a copy whose constants are on a device."""
+        moved = copy.copy(self)
+        for name in ("_scale", "_shift", "_low", "_high"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
     def sample(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """``mean + exp(log_std) Φ⁻¹(u)``."""

@@ -74,7 +74,8 @@ class StateArena:
 
     def __init__(self, spec: StateSpec, capacity: int, device: torch.device) -> None:
         self.spec, self.spare, self.device = spec, capacity, device
-        self._matrices: dict[torch.dtype, Tensor] = {}
+        self.matrices: dict[torch.dtype, Tensor] = {}
+        """The memory itself, ``[C + 1, row]``, by dtype."""
         self._columns: dict[str, slice] = {}
         for dtype in dict.fromkeys(t.dtype for t in spec):
             width = 0
@@ -82,7 +83,7 @@ class StateArena:
                 self._columns[tensor.name] = slice(width, width + tensor.num_elements)
                 width += tensor.num_elements
             try:
-                self._matrices[dtype] = torch.zeros((capacity + 1, width), dtype=dtype, device=device)
+                self.matrices[dtype] = torch.zeros((capacity + 1, width), dtype=dtype, device=device)
             except RuntimeError as error:
                 # The CPU's allocator raises no class of its own.
                 if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
@@ -94,19 +95,19 @@ class StateArena:
     @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
-        return sum(m.numel() * m.element_size() for m in self._matrices.values())
+        return sum(m.numel() * m.element_size() for m in self.matrices.values())
 
     def on_host(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The memory itself of an arena on the CPU: the core's state ``[C + 1, S]``, in the order of its spec, and the
         steps of the episodes so far ``[C + 1]``.
         """
-        state, counters = self._matrices[torch.float32], self._matrices[torch.int64]
+        state, counters = self.matrices[torch.float32], self.matrices[torch.int64]
         assert {t.dtype for t in self.spec[:-1]} == {torch.float32} and counters.shape[1] == 1
         return state.numpy(), counters.view(-1).numpy()
 
     def gather(self, slots: Tensor, episode_starts: Tensor) -> dict[str, Tensor]:
         """Copy out the state of ``slots [B]``, zeroed where ``episode_starts [B]``: name -> ``[B, *shape]``."""
-        rows = {dtype: matrix.index_select(0, slots) for dtype, matrix in self._matrices.items()}
+        rows = {dtype: matrix.index_select(0, slots) for dtype, matrix in self.matrices.items()}
         for matrix in rows.values():
             matrix.masked_fill_(episode_starts.unsqueeze(1), 0)
         return {t.name: rows[t.dtype][:, self._columns[t.name]].view(-1, *t.shape) for t in self.spec}
@@ -114,13 +115,13 @@ class StateArena:
     def scatter(self, slots: Tensor, state: Mapping[str, Tensor], keep: Tensor) -> None:
         """Store the state of ``slots [B]`` where ``keep [B]``; other rows stay as they are."""
         target = torch.where(keep, slots, self.spare)
-        for dtype, matrix in self._matrices.items():
+        for dtype, matrix in self.matrices.items():
             parts = [state[t.name].flatten(1) for t in self.spec if t.dtype == dtype]
             matrix.index_copy_(0, target, torch.cat(parts, dim=1))
 
     def read(self, slot: int) -> dict[str, NDArray[Any]]:
         """Copy one session's state to the host: name -> ``[*shape]``."""
         return {
-            t.name: self._matrices[t.dtype][slot, self._columns[t.name]].view(t.shape).cpu().numpy().copy()
+            t.name: self.matrices[t.dtype][slot, self._columns[t.name]].view(t.shape).cpu().numpy().copy()
             for t in self.spec
         }

@@ -15,10 +15,10 @@ import torch
 from tenuto_models import Policy, TrainingProgress
 from tenuto_models.compiled import CompiledStep
 from tenuto_server.arena import SlotPool, StateArena
+from tenuto_server.device_step import DeviceStep, can_fuse
 from tenuto_server.errors import ConfigurationError
 from tenuto_server.host_step import HostStep
 from tenuto_server.step import Step, StepResults, StepRows
-from tenuto_server.torch_step import TorchStep
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,11 +42,14 @@ class ServedVersion:
 class Engine:
     """Runs jobs in order on a thread of its own; results come back to the event loop. No job waits for another."""
 
-    def __init__(self, device: torch.device, buckets: Sequence[int], threads: int = 1) -> None:
-        """``buckets``: sizes that batches are padded to where each size needs code of its own, ascending; ``threads``:
-        CPU threads that share a large batch.
+    def __init__(
+        self, device: torch.device, buckets: Sequence[int], threads: int = 1, *, deterministic: bool = False
+    ) -> None:
+        """``buckets``: sizes that batches are padded to on a GPU, ascending; ``threads``: CPU threads that share a
+        large batch; ``deterministic``: on a GPU take slower products whose rows do not depend on each other.
         """
         self.device, self._buckets, self._threads = device, tuple(buckets), threads
+        self._deterministic = deterministic
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -55,7 +58,10 @@ class Engine:
         """Return what computes a policy's steps on the engine's device."""
         if self.device.type == "cpu":
             return HostStep(CompiledStep(policy, self._threads), arena)
-        return TorchStep(policy, arena, self._buckets)
+        module = policy.to(self.device).eval().requires_grad_(False)
+        # Products whose bits no company changes are slower than the library's.
+        tiles = "ieee" if self._deterministic and can_fuse(self.device) else None
+        return DeviceStep(module, arena, self._buckets, self.device, tiles=tiles)
 
     def submit(self, job: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
         """Queue a job from the event loop; ``done(result, error)`` is called there when it is over."""

@@ -46,7 +46,9 @@ class Server:
         self.config = config
         # What torch itself does here are odds and ends.
         torch.set_num_threads(1)
-        self.engine = Engine(choose_device(config.device), config.buckets, config.compute_threads)
+        self.engine = Engine(
+            choose_device(config.device), config.buckets, config.compute_threads, deterministic=config.deterministic
+        )
         self.metrics = Metrics(self.engine.device)
         self.metrics.queue_capacity.set(config.max_queued)
         self.registry = PolicyRegistry()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,19 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
         ours = {n for n in imported(path) if n.startswith("tenuto_")} - {package}
         assert ours <= allowed, f"{path} imports {ours - allowed}"
         assert not imported(path) & FORBIDDEN[package], f"{path} imports {imported(path) & FORBIDDEN[package]}"
+
+
+def test_everything_but_the_fused_kernels_works_without_triton() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
+        for folder, _ in PACKAGES.values()
+        for path in sorted((ROOT / folder).glob("tenuto_*/**/*.py"))
+        if path.name not in ("__init__.py", "generate.py") and "fused" not in path.parts
+    ]
+    assert "tenuto_server.device_step" in names
+    script = "import sys\nsys.modules['triton'] = None\n" + "".join(f"import {name}\n" for name in names)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nobody_reads_pickles_but_the_reader_that_runs_nothing() -> None:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from serving import OBSERVATIONS, small_policy
 from tenuto_models import Checkpoint, TrainingProgress
+from tenuto_server.device_step import DeviceStep
 from tenuto_server.engine import Engine, ServedVersion, choose_device
 from tenuto_server.errors import ConfigurationError
 from tenuto_server.policies import MismatchError, ServedPolicy
@@ -87,6 +88,21 @@ def test_the_engine_computes_the_policy(device: str, memory: str) -> None:
         assert results.finite.all() and set(results.station_s) == {"gather", "run", "scatter"}
     for name, tensor in bench.version.arena.read(7).items():
         np.testing.assert_allclose(tensor, state[name][7].numpy(), atol=1e-4)
+
+
+def test_the_two_ways_to_step_agree(memory: str) -> None:
+    host, device = Bench("cpu", memory), Bench("cpu", memory)
+    arena = device.version.arena
+    step = DeviceStep(device.policy, arena, (4, 8, 16), torch.device("cpu"))
+    for index in range(5):
+        observations = flat_observations(11)
+        rows = host.rows(list(range(11)), observations, index)
+        expected, got = host.engine.run(host.version, rows), step.advance(rows)
+        np.testing.assert_allclose(got.logits, expected.logits, atol=1e-4)
+        np.testing.assert_array_equal(got.actions, expected.actions)
+        assert got.finite.all() and got.station_s.keys() == expected.station_s.keys()
+    for name, tensor in host.version.arena.read(7).items():
+        np.testing.assert_allclose(arena.read(7)[name], tensor, atol=1e-4)
 
 
 def test_a_slot_that_changed_hands_stops_the_batch() -> None:
