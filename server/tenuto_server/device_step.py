@@ -144,8 +144,8 @@ class DeviceStep:
         """Shared by all graphs: they run one after another, and nothing that stays is kept in it."""
 
     def advance(self, rows: StepRows) -> StepResults:
-        """See Step. Moving state is a part of *run* here; *gather* and *scatter* are filling what is copied to the device
-        and reading what comes back.
+        """See Step. Moving state is a part of *run* here; *gather* and *scatter* are filling what is copied there and
+        reading what comes back.
         """
         draws = uniforms(rows.seeds, rows.step_indices, self._distribution.num_uniforms)
         results = self.compute(rows.slots, rows.episode_starts, rows.observations, draws, rows.deterministic)
