@@ -144,6 +144,8 @@ class BatchQueue:
         return tickets
 
     def _next_lane(self) -> deque[Ticket]:
+        if len(self._lanes) == 1:
+            return next(iter(self._lanes.values()))
         if self.max_wait_s == 0:  # Then nothing waits for company, and the oldest comes first.
             return min(self._lanes.values(), key=lambda lane: lane[0].enqueued_s)
         return min(self._lanes.values(), key=lambda lane: (not self._is_full(lane), lane[0].enqueued_s))

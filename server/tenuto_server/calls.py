@@ -6,9 +6,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
 from tenuto_server.batcher import Ticket
@@ -31,10 +28,8 @@ class StepCall:
     num_rows: int = 1
     first: int = 0
     """Its first row among those of its turn."""
-    session_ids: NDArray[np.uint64] = field(init=False)
-    step_indices: NDArray[np.uint64] = field(init=False)
     slots: Slots = field(init=False)
-    """[n], once admitted, as the two before."""
+    """[n], once admitted."""
     tickets: list[Ticket] = field(default_factory=list[Ticket])
     """What it submitted."""
     joined: dict[int, Ticket] = field(default_factory=dict[int, Ticket])
@@ -49,6 +44,11 @@ class StepCall:
     """Ends the wait for what others submitted."""
     is_over: bool = False
     """Whether it was answered, or its caller left."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether every row is one that its only ticket carried, which is settled just now."""
+        return len(self.tickets) == 1 and self.tickets[0].num_rows == self.num_rows
 
     def finish(self, outcome: Answer | Exception) -> None:
         """Answer the caller, if it still waits."""

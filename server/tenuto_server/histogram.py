@@ -48,15 +48,19 @@ class Histogram(Collector):
         label: str | None = None,
         values: Sequence[str] = (),
     ) -> None:
-        self._name, self._documentation = name, documentation
-        self._labels = [label] if label is not None else []
+        self.name, self.documentation = name, documentation
+        self.labels = () if label is None else (label,)
         self.series = {value: Series(bounds) for value in (values if label is not None else ("",))}
         registry.register(self)
 
+    def observe(self, value: float, times: int = 1) -> None:
+        """Record a value of the histogram that has no label."""
+        self.series[""].observe(value, times)
+
     def collect(self) -> Iterable[HistogramMetricFamily]:
         """Called by the registry at a scrape."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
+        family = HistogramMetricFamily(self.name, self.documentation, labels=self.labels)
         for value, series in self.series.items():
             buckets, total = series.buckets()
-            family.add_metric([value] if self._labels else [], buckets, total)
+            family.add_metric([value] if self.labels else [], buckets, total)
         yield family

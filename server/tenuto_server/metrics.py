@@ -81,12 +81,13 @@ class Metrics:
         # From the start at 0: Prometheus sees no increase in a row that appears with its first.
         for reason in pb.ErrorReason.keys()[1:]:
             self.refusals.labels(reason)
-        self.step = Histogram(
+        self.step_seconds = Histogram(
             "tenuto_step_seconds", "From a request's arrival to its reply.", _SECONDS, r, "rpc", STEP_RPCS
-        ).series
-        self.station = Histogram(
+        )
+        self.station_seconds = Histogram(
             "tenuto_station_seconds", "Time at each station of a step.", _SECONDS, r, "station", STATIONS
-        ).series
+        )
+        self.step, self.station = self.step_seconds.series, self.station_seconds.series
         self._request_of: dict[tuple[str, str], Counter] = {}
 
         # Steps and the engine.
@@ -97,14 +98,14 @@ class Metrics:
             ["policy"],
             registry=r,
         )
-        self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", _ROWS, r).series[""]
+        self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", _ROWS, r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once.", registry=r)
         self.engine_busy = Counter("tenuto_engine_busy_seconds", "Time that the engine spent on batches.", registry=r)
         self.loop_lag = Histogram(
             "tenuto_event_loop_lag_seconds", "How late the event loop came back to a timer, four times a second.",
             _SECONDS, r,
-        ).series[""]  # fmt: skip
+        )  # fmt: skip
         self.batch_invariant = Gauge(
             "tenuto_batch_invariant",
             "1 if a session got the same bits in all batch sizes and places in the self-test.",

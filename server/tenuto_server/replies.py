@@ -5,9 +5,7 @@ Legend: n rows of a call, m rows of all the calls.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,10 @@ from tenuto_server.sessions import ReplyStore
 def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer | Refusal]:
     """Answer each call from the stored replies of its slots, but for its failed rows."""
     slots = np.concatenate([call.slots for call in calls])
-    _refuse_overtaken(stored, calls, slots)
     bad, first = list[int](), 0
     for call in calls:
+        if not call.is_fresh:
+            _refuse_overtaken(stored, call)
         bad += [first + row for row in call.failed]
         first += call.num_rows
 
@@ -79,17 +78,18 @@ def refused_batch(request: pb.StepBatchRequest, failed: Mapping[int, Refusal]) -
     return pb.StepBatchResponse(request_id=request.request_id, errors=errors)
 
 
-def _refuse_overtaken(stored: ReplyStore, calls: Sequence[StepCall], slots: Slots) -> None:
-    session_ids = np.concatenate([call.session_ids for call in calls])
-    overtaken = stored.overtaken(session_ids, np.concatenate([call.step_indices for call in calls]), slots)
-    if overtaken:
-        ends = list(accumulate(call.num_rows for call in calls))
-        for row in overtaken:
-            number = bisect_right(ends, row)
-            message = f"session {session_ids[row]}: the reply was overtaken by a later step or the session's end"
-            # A row that failed for a reason of its own has no stored reply either.
-            call = calls[number]
-            call.failed.setdefault(row - ends[number] + call.num_rows, Refusal(pb.STEP_INDEX_MISMATCH, message))
+def _refuse_overtaken(stored: ReplyStore, call: StepCall) -> None:
+    """Refuse the rows whose session has moved on while others of the call were under way."""
+    request = call.request
+    if isinstance(request, pb.StepRequest):
+        session_ids, step_indices = [request.session_id], [request.step_index]
+    else:
+        session_ids, step_indices = list(request.session_ids), list(request.step_indices)
+    asked = np.array(session_ids, np.uint64), np.array(step_indices, np.uint64)
+    for row in stored.overtaken(*asked, call.slots):
+        message = f"session {session_ids[row]}: the reply was overtaken by a later step or the session's end"
+        # A row that failed for a reason of its own has no stored reply either.
+        call.failed.setdefault(row, Refusal(pb.STEP_INDEX_MISMATCH, message))
 
 
 def _add_row_outputs(row: pb.StepResponse, outputs: pb.Outputs, stored: ReplyStore, slot: int) -> None:

@@ -88,6 +88,8 @@ class SessionTable:
         self.has_reward = np.zeros(rows, np.bool_)
         self.last_reward = np.full(rows, np.nan, np.float32)
         self.ticket = np.empty(rows, object)
+        # The spare slot is no session's: nothing that finds it is the usual case.
+        self.busy[capacity] = True
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -210,14 +212,15 @@ class SessionTable:
         n = len(session_ids)
         spare = self.pool.capacity
         ids: list[int] = session_ids.tolist()
-        slots = np.fromiter((self._slots.get(i, spare) for i in ids), np.int64, n)
+        slots = np.array([self._slots.get(i, spare) for i in ids], np.int64)
         starts = episode_starts | (step_indices == 0)
         # The usual case, decided at once: every row is the next step of another idle session.
-        usual = (slots != spare) & (step_indices == self.next_index[slots]) & ~self.busy[slots]
+        usual = (step_indices == self.next_index[slots]) & ~self.busy[slots]
         if draining:
             usual &= ~starts
         joined: dict[int, Ticket] = {}
-        if refused or not usual.all() or len(set(ids)) != n:
+        run = np.arange(n)
+        if refused or np.count_nonzero(usual) != n or len(set(ids)) != n:
             refused = dict(refused)
             counts: dict[int, int] = {}
             for session_id in ids:
@@ -238,12 +241,12 @@ class SessionTable:
                         joined[row] = verdict
             for row in refused:
                 slots[row] = spare
-        run = np.flatnonzero(usual)
-        running = slots[run]
+            run = np.flatnonzero(usual)
         versions = self.version[slots]
-        if starts.any():
+        if np.count_nonzero(starts):
             pinned = self.pinned[slots]
             versions = np.where(starts, np.where(pinned > 0, pinned, newest_version), versions)
+        running = slots[run]
         self.busy[running] = True
         self.next_version[running] = versions[run]
         return Admission(slots, starts, versions, run, joined, refused)
@@ -295,10 +298,10 @@ class SessionTable:
         self, slots: Slots, episode_starts: NDArray[np.bool_], rewards: NDArray[np.float32]
     ) -> list[tuple[int, float]]:
         known = np.isfinite(rewards) & (self.version[slots] > 0)
-        if known.any():
+        if np.count_nonzero(known):
             self.episode_return[slots[known]] += rewards[known]
             self.has_reward[slots[known]] = True
-        if not episode_starts.any():
+        if not np.count_nonzero(episode_starts):
             return []
         begun = slots[episode_starts]
         ended = begun[self.has_reward[begun]]
@@ -312,9 +315,10 @@ class SessionTable:
         self.busy[slots] = False
         self.ticket[slots] = None
         self.last_active_s[slots] = now_s
-        closing = slots[self.closing[slots]]
-        if not len(closing):
+        closing = self.closing[slots]
+        if not np.count_nonzero(closing):
             return []
+        closing = slots[closing]
         self.closing[closing] = False
         for slot in closing.tolist():
             self._remember(slot, pb.SESSION_CLOSED)

@@ -111,7 +111,6 @@ class Stepper:
         )
         for call in calls:
             rows = slice(call.first, call.first + call.num_rows)
-            call.session_ids, call.step_indices = columns.session_ids[rows], columns.step_indices[rows]
             call.slots = admission.slots[rows]
             call.waiter = partial(self._settled, policy, call)
         if admission.refused or admission.joined:
@@ -196,13 +195,14 @@ class Stepper:
         good = slice(None) if results.finite.all() else results.finite
         slots, starts = rows.slots[good], rows.episode_starts[good]
         compute_s = sum(results.station_s.values())
+        num_rows = [ticket.num_rows for ticket in batch.tickets]
         replies = policy.replies
         replies.session_id[slots], replies.step_index[slots] = rows.session_ids[good], rows.step_indices[good]
         replies.version[slots] = checkpoint.version
         replies.action[slots], replies.value[slots] = results.actions[good], results.values[good]
         replies.log_prob[slots], replies.logits[slots] = results.log_probs[good], results.logits[good]
         waits = [(batch.taken_s - t.enqueued_s) * 1e6 for t in batch.tickets]
-        replies.queue_us[slots] = np.repeat(waits, [t.num_rows for t in batch.tickets])[good]
+        replies.queue_us[slots] = np.repeat(waits, num_rows)[good]
         replies.compute_us[slots] = compute_s * 1e6
         replies.batch_size[slots] = batch.num_rows
 

@@ -8,6 +8,7 @@ import torch
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
+from tenuto_server.histogram import Histogram
 from tenuto_server.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
@@ -30,6 +31,8 @@ def declared() -> Iterator[tuple[str, str, tuple[str, ...], str]]:
             if kind == "stateset":  # Prometheus sees a gauge for each state, told by a label of the metric's own name.
                 labels, kind = (*labels, family.name), "gauge"
             yield family.name + ENDING.get(kind, ""), kind, labels, family.documentation
+        elif isinstance(metric, Histogram):
+            yield metric.name, "histogram", metric.labels, metric.documentation
 
 
 def test_the_table_of_metrics_is_that_of_the_code() -> None:

@@ -29,7 +29,7 @@ def test_it_tells_what_that_of_the_library_tells() -> None:
 
 def test_an_observation_of_several_counts_as_often() -> None:
     registry = CollectorRegistry()
-    Histogram("rows", "How many.", BOUNDS, registry).series[""].observe(0.7, 3)
+    Histogram("rows", "How many.", BOUNDS, registry).observe(0.7, 3)
     count, total, below = (
         registry.get_sample_value(f"rows_{n}", labels)
         for n, labels in (("count", {}), ("sum", {}), ("bucket", {"le": "0.5"}))
