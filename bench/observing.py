@@ -39,6 +39,8 @@ import prometheus_client.metrics as metrics
 for kind, name in ((metrics.Counter, "inc"), (metrics.Histogram, "observe"), (metrics.Summary, "observe")):
     setattr(kind, name, lambda self, *a, **k: None)
     kind.labels = lambda self, *a, **k: self
+from tenuto_server.histogram import Series
+Series.observe = lambda self, *a: None
 from tenuto_server.metrics import Metrics
 Metrics.count_request = Metrics.count_episodes = lambda self, *a: None
 from tenuto_server.main import main
