@@ -47,6 +47,8 @@ unit: install  ## Run the unit tests only.
 # A file's tests share a server, so a file stays with one worker.
 TEST_WORKERS ?= 2
 test: install lint types drift  ## Install, then lint, types, drift of generated code, and all tests.
+	@echo "compiling what is compiled once on a machine, half a minute"
+	$(BIN)/python deploy/image/warm.py
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
 demo: install  ## Train, publish, serve and play, live in the terminal; a few minutes.

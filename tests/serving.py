@@ -131,7 +131,8 @@ class ServerProcess:
             self.channel = grpc.insecure_channel(self.address)
             self.stub = policy_pb2_grpc.PolicyServiceStub(self.channel)
             if wait:
-                wait_until(lambda: self.http("/readyz")[0] == 200, "the server to be ready")
+                # The first on a machine compiles.
+                wait_until(lambda: self.http("/readyz")[0] == 200, "the server to be ready", 90)
         except BaseException:
             # Nobody could close it.
             self.process.kill()

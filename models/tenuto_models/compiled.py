@@ -76,6 +76,8 @@ class Net(NamedTuple):
     """Place of the state after it."""
     rest: int
     """Place of what else the core needs."""
+    dnc: Sizes
+    """Zeros for a Frameconv."""
     categories: Array
     """int64: sizes of the categoricals; empty: the action is a Gaussian's."""
     scale: Array
@@ -204,8 +206,9 @@ _lstm, _access = kernels.lstm.inner, kernels.access.inner
 
 
 @jit
-def _dnc(net: Net, sizes: Sizes, work: Array, at: int, stride: int, rows: int, size: int, free: int) -> Any:
+def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free: int) -> Any:
     """The core: controller, memory access, output layer. Returns as _through."""
+    sizes = net.dnc
     hidden, read = sizes.hidden, sizes.heads * sizes.width
     inputs, outputs, place = net.layers[net.core]
     given = inputs - hidden - read
@@ -337,10 +340,9 @@ def _scatter(batch: Batch, first: int, rows: int, state: Array, counters: Array,
 
 
 @cache
-def _step_for(dnc: Sizes | None) -> Kernel:
-    """The kernel for policies with a DNC of these sizes, which the compiler unrolls loops for, or with a Frameconv."""
-    called, is_dnc = _CALLED, dnc is not None
-    hidden, cells, width, heads = dnc or (0, 0, 0, 0)
+def _step_for(*, is_dnc: bool) -> Kernel:
+    """The kernel for policies with a DNC, or a Frameconv: one of each for all sizes, since compiling takes long."""
+    called = _CALLED
 
     def step(
         net: Net, batch: Batch, first: int, last: int, state: Array, counters: Array, work: Array, spent: Array
@@ -360,8 +362,7 @@ def _step_for(dnc: Sizes | None) -> Kernel:
             at, stride, free = _features(net, batch, first, rows, steps, work)
             # Only one of the two is compiled.
             if is_dnc:
-                sizes = Sizes(hidden, cells, width, heads)
-                at, stride, free = _dnc(net, sizes, work, at, stride, rows, size, free)
+                at, stride, free = _dnc(net, work, at, stride, rows, size, free)
             else:
                 at, stride, free = _frameconv(net, work, at, stride, rows, size, free)
             _heads(net, batch, first, rows, work, at, stride, free)
@@ -409,7 +410,7 @@ class CompiledStep:
             layers.add(core.output)
             widths = (padded(4 * dnc.hidden), dnc.features, 2 * padded(dnc.interface), (4 * dnc.heads + 2) * dnc.cells)
         elif isinstance(core, FrameconvCore):
-            dnc, widths = None, ()
+            dnc, widths = Sizes(0, 0, 0, 0), ()
             layers.add(core.conv)
         else:
             raise ConfigError(f"memory: got {type(core).__name__}, expected a DNCCore or a FrameconvCore")
@@ -433,10 +434,10 @@ class CompiledStep:
             layers.packed(), np.array(layers.shapes, np.int64), np.array(layers.slopes, np.float32),
             np.empty(0) if embedding is None else embedding.turns.double().cpu().numpy(),
             0.0 if embedding is None else float(policy.embedding_strength.detach().clamp(0, 1)),
-            core_layer, post, actor, critic, width, inputs_at, before, after, rest,
+            core_layer, post, actor, critic, width, inputs_at, before, after, rest, dnc,
             np.array(categories, np.int64), scale.numpy(), shift.numpy(),
         )  # fmt: skip
-        self._step, self._state_size = _step_for(dnc), state_size
+        self._step, self._state_size = _step_for(is_dnc=isinstance(core, DNCCore)), state_size
         self._distribution, self._num_logits = distribution, distribution.num_logits
         self._work = [np.empty(work_size, np.float32) for _ in range(threads)]
         self._helpers = ThreadPoolExecutor(threads - 1, "step") if threads > 1 else None

@@ -24,7 +24,7 @@ TIMEOUT_S = 2.0
 """That a server may take to answer."""
 PAUSE_S = 0.3
 """Between two questions about the same version."""
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 """That a server may take to load a version before that is news, and that the end of a run waits for it."""
 _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
