@@ -251,10 +251,16 @@ def error_from_message(error: pb.Error, server_epoch: int = 0) -> TenutoError:
     return error_from_reason(code, error.reason, error.message, dict(error.metadata), server_epoch)
 
 
+_BROKEN = "Internal error from Core"
+"""What grpc.aio says of a connection that breaks in the middle of an operation; no server does."""
+
+
 def error_from_rpc(error: Any, server_epoch: int = 0) -> TenutoError:
     """Return the exception for a failed call: a grpc.RpcError of the sync or of the async API."""
     code = cast("grpc.StatusCode | None", error.code()) or grpc.StatusCode.UNKNOWN
     message = str(error.details() or code.name)
+    if message.startswith(_BROKEN):
+        code = grpc.StatusCode.UNAVAILABLE
     for key, value in error.trailing_metadata() or ():
         if key == STATUS_DETAILS_KEY:
             try:

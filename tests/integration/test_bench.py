@@ -27,6 +27,8 @@ def against(server: ServerProcess, tmp_path: Path, *flags: str) -> tuple[subproc
 
 @pytest.mark.parametrize("memory", ["dnc", "frameconv"])
 def test_every_mode_is_measured_and_its_answers_are_right(server: ServerProcess, tmp_path: Path, memory: str) -> None:
+    # Other tests may have left theirs on this server.
+    open_before = server.metric('tenuto_sessions{state="waiting"}')
     flags = ("--sessions", "6", "--rows", "3", "--processes", "2", "--policy", memory)
     done, figures = against(server, tmp_path, "--repository", str(server.repository), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -36,7 +38,7 @@ def test_every_mode_is_measured_and_its_answers_are_right(server: ServerProcess,
         assert f["p50_ms"] <= f["p90_ms"] <= f["p99_ms"] <= f["max_ms"] and f["client_us"] > 0 and f["server_us"] > 0
         assert f["batch_rows"] >= 1
     assert f"{memory}, batch" in done.stdout
-    assert server.metric('tenuto_sessions{state="waiting"}') == 0, "its sessions are closed"
+    wait_until(lambda: server.metric('tenuto_sessions{state="waiting"}') <= open_before, "its sessions to be closed")
 
 
 def test_answers_of_other_weights_are_found(server: ServerProcess, tmp_path: Path) -> None:

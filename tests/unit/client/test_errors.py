@@ -62,6 +62,13 @@ def test_a_status_without_a_reason_is_told_by_its_code(
     assert type(error) is kind and error.reason == ""
 
 
+def test_a_connection_that_breaks_within_grpc_is_an_unavailable_server() -> None:
+    call = FailedCall(grpc.StatusCode.INTERNAL)
+    call.details = lambda: "Internal error from Core"
+    error = error_from_rpc(call)
+    assert type(error) is ServerUnavailableError and error.code is grpc.StatusCode.UNAVAILABLE
+
+
 def test_a_reason_of_a_newer_contract_is_told_by_its_code() -> None:
     assert type(error_from_reason(grpc.StatusCode.UNAVAILABLE, 999, "new", {})) is ServerUnavailableError
 
