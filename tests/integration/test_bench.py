@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serving import ServerProcess, publish, small_policy
+from serving import ServerProcess, publish, small_policy, wait_until
 
 
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
