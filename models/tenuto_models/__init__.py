@@ -1,4 +1,4 @@
-"""Memory models in pure torch: the DNC and Frameconv cores, the policy around them, and the checkpoint format."""
+"""Memory models: the DNC and Frameconv cores, the policy around them, and the checkpoint format."""
 
 from tenuto_models.checkpoint import Checkpoint
 from tenuto_models.dnc import DNCConfig, DNCCore
