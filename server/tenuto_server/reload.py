@@ -118,7 +118,7 @@ class Reloader:
             return False
         try:
             log.info("loading version %d of policy %s", version, name)
-            loaded = await asyncio.to_thread(_read, folder)
+            loaded = await asyncio.to_thread(_read, folder, self._engine.device.type)
             policy = self._registry.get(name)
             first = policy is None
             if policy is None:
@@ -202,10 +202,11 @@ def _padding(served: ServedVersion, rows: int) -> StepRows:
     )  # fmt: skip
 
 
-def _read(folder: Path) -> Checkpoint:
-    """Read a version and take a step with it, so that what compiles at the first step does so on this thread."""
+def _read(folder: Path, device_type: str) -> Checkpoint:
+    """Read a version; for the CPU take a step with it, so that what compiles at the first step does so on this thread."""
     loaded = checkpoint.read(folder)
-    CompiledStep(loaded.policy).try_out()
+    if device_type == "cpu":
+        CompiledStep(loaded.policy).try_out()
     return loaded
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,8 @@ class Disturbed:
         wrong = results.logits.copy()
         if self.how == "size" and len(rows) == 5:
             wrong[:, 1] *= 1.0000001
+        if self.how == "nan" and len(rows) == 5:
+            wrong[:, 1] = np.nan
         if self.how == "place":
             wrong[2:3, 1] *= 1.0000001
         return replace(results, logits=wrong)
@@ -49,6 +52,12 @@ async def test_one_bit_of_difference_is_found(engine: Engine, how: str, monkeypa
     make_step = engine.make_step
     monkeypatch.setattr(engine, "make_step", lambda *arguments: Disturbed(make_step(*arguments), how))
     assert 0 < await SelfTest(engine, small_policy(), 64).spread() < 1e-5
+
+
+async def test_a_number_that_is_none_is_a_difference(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_step = engine.make_step
+    monkeypatch.setattr(engine, "make_step", lambda *arguments: Disturbed(make_step(*arguments), "nan"))
+    assert await SelfTest(engine, small_policy(), 64).spread() == np.inf
 
 
 async def test_a_memory_that_differs_is_found_though_the_output_is_the_same(
