@@ -203,7 +203,7 @@ def _padding(served: ServedVersion, rows: int) -> StepRows:
 
 
 def _read(folder: Path, device_type: str) -> Checkpoint:
-    """Read a version; for the CPU take a step with it, so that what compiles at the first step does so on this thread."""
+    """Read a version; for the CPU take a step with it, so that what the first step compiles is compiled here."""
     loaded = checkpoint.read(folder)
     if device_type == "cpu":
         CompiledStep(loaded.policy).try_out()
