@@ -88,10 +88,14 @@ assert ctypes.CDLL(None).capset(header, none) == 0
 
 
 def hanging_while_exists(file: Path, where: str = "tenuto_server.engine.Engine.run") -> str:
-    """A ``fault`` for ServerProcess: it hangs in a method, the device's forward pass, while the file exists."""
+    """A ``fault`` for ServerProcess: it hangs in a method, the forward pass of a device that is waited for on a
+    thread, while the file exists.
+    """
     package, owner, method = where.rsplit(".", 2)
     return f"""
-import pathlib, time
+import math, pathlib, time
+from tenuto_server.host_step import HostStep
+HostStep.expected_s = lambda self, num_rows: math.inf
 from {package} import {owner}
 def hanging(self, *arguments, unharmed={owner}.{method}):
     while pathlib.Path({str(file)!r}).exists():

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 
 END_S = 15.0
@@ -31,12 +32,13 @@ def cpu_s(pid: int) -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-def threads_cpu_s(pid: int) -> dict[int, float]:
-    """CPU seconds of each thread of the process itself, by its id; the main thread's is the process's."""
-    spent: dict[int, float] = {}
+def threads_cpu_s(pid: int, names: Collection[str]) -> float:
+    """CPU seconds of the process's threads of these names."""
+    spent = 0.0
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError):
-            spent[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1e9
+            if (task / "comm").read_text().strip() in names:
+                spent += int((task / "schedstat").read_text().split()[0]) / 1e9
     return spent
 
 

@@ -38,6 +38,8 @@ from tenuto_bench.served import OBSERVATIONS, Served, ServerError, publish, serv
 from tenuto_models import checkpoint
 
 WARMUP_S, FORWARD_S = 0.5, 0.5
+ROWS_OF_THREADS = 64
+"""Batches of so many rows are computed on threads of their own, whose CPU can be told apart."""
 
 
 def main() -> None:
@@ -103,7 +105,7 @@ def measure(who: Contender, served: Served, case: Case, seconds: float) -> Figur
     clients = Clients(served.address, case, WARMUP_S, seconds, sampled=0, command=who.command)
     try:
         clients.warm_up()
-        cpu_s, forward = processes.cpu_s(served.pid), Forward(served) if who.kind == "tenuto" else None
+        cpu_s, forward = processes.cpu_s(served.pid), Forward(served) if case.rows >= ROWS_OF_THREADS else None
         shares = clients.shares()
         cpu_s = processes.cpu_s(served.pid) - cpu_s
         own_s = cpu_s - forward.cpu_s() if forward else None
@@ -119,8 +121,10 @@ def measure(who: Contender, served: Served, case: Case, seconds: float) -> Figur
 
 
 class Forward:
-    """What tenuto's forward passes cost from now on: the CPU of the engine's thread, by the share of the station run in
-    its time. Not the station's time itself, which has in it whatever else the machine did meanwhile.
+    """What tenuto's forward passes cost from now on: the CPU of the threads that compute, by the share of the station
+    run in their time. Not the station's time itself, which has in it whatever else the machine did meanwhile.
+
+    Of batches that are large enough to go to these threads.
     """
 
     def __init__(self, served: Served) -> None:
@@ -129,20 +133,17 @@ class Forward:
 
     def cpu_s(self) -> float:
         """CPU seconds so far."""
-        (threads, stations), (threads_before, stations_before) = self._read(), self._before
-        # Apart from the main thread, which has the event loop, no thread computes but the engine's.
-        others = (s - threads_before.get(i, 0.0) for i, s in threads.items() if i != self._served.pid)
-        engine_s = max(others, default=0.0)
-        gather, run, scatter = (after - b for after, b in zip(stations, stations_before, strict=True))
-        return engine_s * run / (gather + run + scatter)
+        now_s, *stations = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        gather, run, scatter = stations
+        return now_s * run / max(gather + run + scatter, 1e-9)
 
-    def _read(self) -> tuple[dict[int, float], list[float]]:
+    def _read(self) -> list[float]:
         assert self._served.pid is not None
         stations = [
             self._served.metric("tenuto_station_seconds_sum", f'station="{station}"')
             for station in ("gather", "run", "scatter")
         ]
-        return processes.threads_cpu_s(self._served.pid), stations
+        return [processes.threads_cpu_s(self._served.pid, ("engine", "compute")), *stations]
 
 
 def forward_alone(repository: Path, policy_name: str, rows: int) -> Figures:

@@ -31,11 +31,12 @@ from tenuto_models.jit import Kernel, digest, jit
 from tenuto_models.matmul import LANES, linear, pack, padded
 from tenuto_models.policy import Policy
 from tenuto_models.sampling import uniform
+from tenuto_models.threads import name_thread
 
 Array = NDArray[Any]
 BLOCK = 96
 """Rows that go through all layers together: what they need stays in the cache, and tiles of 6 and 12 fit."""
-_MIN_ROWS_OF_A_THREAD = 32
+_MIN_ROWS_OF_A_THREAD = 48
 """Fewer are not worth waking a thread for."""
 _EPSILON = 1e-5
 """Of the layer normalisation."""
@@ -376,7 +377,7 @@ def _step_for(*, is_dnc: bool) -> Kernel:
     return Kernel(step, "the DNC's step" if is_dnc else "the Frameconv's step")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Chosen:
     """What a step came to; n rows."""
 
@@ -438,9 +439,10 @@ class CompiledStep:
             np.array(categories, np.int64), scale.numpy(), shift.numpy(),
         )  # fmt: skip
         self._step, self._state_size = _step_for(is_dnc=isinstance(core, DNCCore)), state_size
-        self._distribution, self._num_logits = distribution, distribution.num_logits
+        self._distribution = distribution
+        self._num_logits, self._num_actions = distribution.num_logits, scale.shape[0]
         self._work = [np.empty(work_size, np.float32) for _ in range(threads)]
-        self._helpers = ThreadPoolExecutor(threads - 1, "step") if threads > 1 else None
+        self._helpers = ThreadPoolExecutor(threads - 1, "compute", name_thread, ("compute",)) if threads > 1 else None
 
     def advance(
         self, state: Array, counters: Array, slots: Array, episode_starts: Array, observations: Array, seeds: Array,
@@ -453,31 +455,36 @@ class CompiledStep:
         state begins at zero; ``observations``: float32 ``[n, O]``; ``seeds`` and ``step_indices``: uint64 ``[n]``, for
         the draws; ``deterministic``: bool ``[n]``, where the mode is taken instead.
         """
-        n, net = len(slots), self._net
-        slots, episode_starts, observations, seeds, step_indices, deterministic = map(
-            _plain, (slots, episode_starts, observations, seeds, step_indices, deterministic)
-        )
+        n = len(slots)
+        values, log_probs, finite = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_)
+        actions, logits = np.empty((n, self._num_actions)), np.empty((n, self._num_logits), np.float32)
         batch = Batch(
-            slots, episode_starts, observations, seeds, step_indices, deterministic,
-            np.empty((n, net.shift.size)), np.empty(n, np.float32), np.empty(n, np.float32),
-            np.empty((n, self._num_logits), np.float32), np.empty(n, np.bool_),
+            _plain(slots), _plain(episode_starts), _plain(observations), _plain(seeds), _plain(step_indices),
+            _plain(deterministic), actions, values, log_probs, logits, finite,
         )  # fmt: skip
-        parts = max(1, min(len(self._work), n // _MIN_ROWS_OF_A_THREAD))
-        spent = np.zeros((parts, 3), np.int64)
-        bounds = [n * part // parts for part in range(parts + 1)]
+        parts = min(len(self._work), n // _MIN_ROWS_OF_A_THREAD)
+        if parts <= 1:
+            spent = np.zeros(3, np.int64)
+            self._step(self._net, batch, 0, n, state, counters, self._work[0], spent)
+        else:
+            spent = self._in_parts(parts, batch, n, state, counters)
+        gather_ns, run_ns, scatter_ns = spent.tolist()
+        seconds = 1e-9 * gather_ns, 1e-9 * run_ns, 1e-9 * scatter_ns
+        return Chosen(self._distribution.in_space(actions), values, log_probs, logits, finite, seconds)
+
+    def _in_parts(self, parts: int, batch: Batch, n: int, state: Array, counters: Array) -> NDArray[np.int64]:
+        """Share the rows among threads; returns what the slowest of them spent, see :func:`_step_for`."""
+        spent, bounds = np.zeros((parts, 3), np.int64), [n * part // parts for part in range(parts + 1)]
 
         def run(part: int) -> None:
-            self._step(net, batch, bounds[part], bounds[part + 1], state, counters, self._work[part], spent[part])
+            first, last = bounds[part], bounds[part + 1]
+            self._step(self._net, batch, first, last, state, counters, self._work[part], spent[part])
 
         helping = [cast(ThreadPoolExecutor, self._helpers).submit(run, part) for part in range(1, parts)]
         run(0)
         for help_ in helping:
             help_.result()
-        gathering, computing, scattering = (1e-9 * spent.max(axis=0)).tolist()
-        return Chosen(
-            self._distribution.in_space(batch.actions), batch.values, batch.log_probs, batch.logits, batch.finite,
-            (gathering, computing, scattering),
-        )  # fmt: skip
+        return spent.max(axis=0)
 
     def try_out(self) -> None:
         """Advance a row of nobody's: what has to be compiled on this machine is compiled now."""

@@ -3,7 +3,7 @@
 from tenuto_proto.errors import WireError
 from tenuto_proto.observation import ObservationCodec
 from tenuto_proto.spaces import space_from_wire, space_to_wire
-from tenuto_proto.tensors import array_from_wire, array_to_wire
+from tenuto_proto.tensors import array_from_wire, array_to_wire, write_array
 
 __all__ = [
     "ObservationCodec",
@@ -12,4 +12,5 @@ __all__ = [
     "array_to_wire",
     "space_from_wire",
     "space_to_wire",
+    "write_array",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, cast
 
@@ -36,14 +37,24 @@ class Leaf:
     high: NDArray[Any]
     classes: NDArray[np.int64] | None
 
-    @property
+    @cached_property
+    def size(self) -> int:
+        """Elements of one observation."""
+        return prod(self.shape)
+
+    @cached_property
     def flat_size(self) -> int:
         """Width in the flattened observation."""
-        return prod(self.shape) if self.classes is None else int(self.classes.sum())
+        return self.size if self.classes is None else int(self.classes.sum())
+
+    @cached_property
+    def _are_bounds_finite(self) -> bool:
+        """Whether what lies within the bounds is a finite float32."""
+        return bool((np.abs([self.low, self.high]) <= _FLOAT32_MAX).all())
 
     def flatten(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """``[N, *shape]`` -> float32 ``[N, flat_size]``, as ``gymnasium.spaces.flatten`` does row by row."""
-        flat = rows.reshape(len(rows), -1)
+        flat = rows.reshape(len(rows), self.size)
         if self.classes is None:
             return flat.astype(np.float32)
         one_hot = np.zeros((len(rows), self.flat_size), np.float32)
@@ -54,13 +65,14 @@ class Leaf:
 
     def refused_rows(self, rows: NDArray[Any]) -> dict[int, WireError]:
         """Which rows ``[N, *shape]`` hold NaN or infinity, or are not in the space: row -> error."""
-        inside = (rows >= self.low) & (rows <= self.high)
-        # Finite as float32, which the policy computes in.
-        finite = np.abs(rows) <= _FLOAT32_MAX if self.dtype.kind == "f" else inside
-        if inside.all() and finite.all():
+        good = (rows >= self.low) & (rows <= self.high)
+        if not self._are_bounds_finite:
+            # Finite as float32, which the policy computes in.
+            good &= np.abs(rows) <= _FLOAT32_MAX
+        if np.count_nonzero(good) == good.size:
             return {}
         refused: dict[int, WireError] = {}
-        bad = ~(inside & finite).reshape(len(rows), -1)
+        bad = ~good.reshape(len(rows), -1)
         flat, low, high = rows.reshape(len(rows), -1), self.low.ravel(), self.high.ravel()
         for row in np.flatnonzero(bad.any(axis=1)).tolist():
             element = int(np.argmax(bad[row]))
@@ -198,7 +210,8 @@ class ObservationCodec:
             rows = {leaf.name: rows[leaf.name].copy() for leaf in self.leaves}
             for leaf in self.leaves:
                 rows[leaf.name][bad] = leaf.low
-        return np.concatenate([leaf.flatten(rows[leaf.name]) for leaf in self.leaves], axis=1)
+        parts = [leaf.flatten(rows[leaf.name]) for leaf in self.leaves]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def _leaves(space: pb.Space, path: tuple[str | int, ...]) -> Iterator[Leaf]:

@@ -22,10 +22,21 @@ _SWAP = sys.byteorder == "big"
 
 def array_to_wire(array: NDArray[Any]) -> pb.Tensor:
     """Pack an array. Raises WireError (OBSERVATION_DTYPE) for a dtype that has no place on the wire."""
+    tensor = pb.Tensor()
+    write_array(tensor, array)
+    return tensor
+
+
+def write_array(tensor: pb.Tensor, array: NDArray[Any]) -> None:
+    """Pack an array into an empty tensor, such as the field of a message, which is cheaper than a copy. Raises as
+    :func:`array_to_wire`.
+    """
     dtype = WIRE_DTYPES.get(array.dtype)
     if dtype is None:
         raise WireError(pb.OBSERVATION_DTYPE, f"dtype: got {array.dtype}, expected one of {sorted(_NAMES.values())}")
-    return pb.Tensor(dtype=dtype, shape=array.shape, data=array_bytes(array))
+    tensor.dtype = dtype
+    tensor.shape.extend(array.shape)
+    tensor.data = array_bytes(array)
 
 
 def array_bytes(array: NDArray[Any]) -> bytes:

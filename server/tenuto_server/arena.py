@@ -30,21 +30,21 @@ class SlotPool:
         self.leased = np.zeros(capacity + 1, np.bool_)
         # Last in, first out: the most recently used rows are the warmest.
         self._free: list[int] = []
-        self._num_touched = 0
+        self.num_touched = 0
         """Slots from this one on have never been leased."""
 
     @property
     def num_leased(self) -> int:
         """Slots in use."""
-        return self._num_touched - len(self._free)
+        return self.num_touched - len(self._free)
 
     def lease(self) -> int | None:
         """Take a free slot; None when there is none."""
         if self._free:
             slot = self._free.pop()
-        elif self._num_touched < self.capacity:
-            slot = self._num_touched
-            self._num_touched += 1
+        elif self.num_touched < self.capacity:
+            slot = self.num_touched
+            self.num_touched += 1
         else:
             return None
         self._turn(slot, leased=True)
@@ -62,7 +62,7 @@ class SlotPool:
 
     def require_current(self, slots: Slots, generations: NDArray[np.int64]) -> None:
         """Assert that no slot changed hands since ``generations`` were read: the law of every gather and scatter."""
-        assert (self.generation[slots] == generations).all(), "a slot changed hands while its step was running"
+        assert not np.count_nonzero(self.generation[slots] != generations), "a slot changed hands while its step was running"
 
 
 class StateArena:

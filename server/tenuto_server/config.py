@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -45,8 +46,8 @@ class ServerConfig:
     """Seconds after SIGTERM in which running episodes may finish."""
     max_message_bytes: int = 16 * 1024 * 1024
     """Bytes of one request."""
-    compute_threads: int = 1
-    """CPU threads that share a large batch; on small hosts 1 leaves the other cores to gRPC."""
+    compute_threads: int = 0
+    """CPU threads that share a large batch; 0: one per core, at most 4."""
     deterministic: bool = False
     """Serve a policy only if the self-test finds its results to be the same bits in every batch size and place."""
     poll_s: float = 5.0
@@ -57,8 +58,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):
             self._require(name, 0 <= getattr(self, name) <= 65535, "0..65535")
-        for name in ("capacity", "max_batch", "max_queued", "compute_threads"):
+        for name in ("capacity", "max_batch", "max_queued"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("compute_threads", self.compute_threads >= 0, "at least 0")
         for name in ("queue_timeout_s", "stall_timeout_s", "idle_timeout_s", "poll_s"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("max_wait_ms", "drain_timeout_s"):
@@ -74,6 +76,13 @@ class ServerConfig:
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise ConfigurationError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def num_compute_threads(self) -> int:
+        """CPU threads that share a large batch, on this machine."""
+        # Those that this process may use, where the system tells.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.compute_threads or min(cores, 4)
 
     @property
     def buckets(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -142,6 +143,10 @@ class DeviceStep:
         )
         self._graph_memory = torch.cuda.graph_pool_handle() if self.is_captured else None
         """Shared by all graphs: they run one after another, and nothing that stays is kept in it."""
+
+    def expected_s(self, num_rows: int) -> float:
+        """See Step: whoever waits for a GPU waits on a thread."""
+        return inf
 
     def advance(self, rows: StepRows) -> StepResults:
         """See Step. Moving state is a part of *run* here; *gather* and *scatter* are filling what is copied there and

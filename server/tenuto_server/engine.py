@@ -1,4 +1,4 @@
-"""The one thread that owns the device: gathers state, runs the forward pass, scatters state, one batch at a time."""
+"""Owns the device: gathers state, runs the forward pass, scatters state, one batch at a time, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from tenuto_models import Policy, TrainingProgress
 from tenuto_models.compiled import CompiledStep
+from tenuto_models.threads import name_thread
 from tenuto_server.arena import SlotPool, StateArena
 from tenuto_server.device_step import DeviceStep, can_fuse
 from tenuto_server.errors import ConfigurationError
@@ -40,7 +41,10 @@ class ServedVersion:
 
 
 class Engine:
-    """Runs jobs in order on a thread of its own; results come back to the event loop. No job waits for another."""
+    """Runs jobs in order on a thread of its own; results come back to the event loop. No job waits for another.
+
+    A brief job that finds the thread idle runs on the event loop's: handing it over and back would take longer.
+    """
 
     def __init__(
         self, device: torch.device, buckets: Sequence[int], threads: int = 1, *, deterministic: bool = False
@@ -51,6 +55,8 @@ class Engine:
         self.device, self._buckets, self._threads = device, tuple(buckets), threads
         self._deterministic = deterministic
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._num_under_way = 0
+        """Jobs that are queued or run, by the event loop's count."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -63,17 +69,27 @@ class Engine:
         tiles = "ieee" if self._deterministic and can_fuse(self.device) else None
         return DeviceStep(module, arena, self._buckets, self.device, tiles=tiles)
 
-    def submit(self, job: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
-        """Queue a job from the event loop; ``done(result, error)`` is called there when it is over."""
+    def submit(
+        self, job: Callable[[], T], done: Callable[[T | None, BaseException | None], None], *, brief: bool = False
+    ) -> None:
+        """Queue a job from the event loop; ``done(result, error)`` is called there later, when it is over.
+
+        ``brief``: it may hold the event loop up for as long as it takes.
+        """
         loop = asyncio.get_running_loop()
+        if brief and not self._num_under_way:
+            loop.call_soon(done, *_outcome(job))
+            return
+        self._num_under_way += 1
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            self._num_under_way -= 1
+            done(result, error)
 
         def work() -> None:
+            result, error = _outcome(job)
             try:
-                result, error = job(), None
-            except BaseException as caught:  # noqa: BLE001 (handed to the caller whatever it is)
-                result, error = None, caught
-            try:
-                loop.call_soon_threadsafe(done, result, error)
+                loop.call_soon_threadsafe(settle, result, error)
             except RuntimeError:
                 log.warning("the event loop closed before a job of the engine was done")
 
@@ -108,6 +124,7 @@ class Engine:
         self._thread.join(timeout=10)
 
     def _work(self) -> None:
+        name_thread("engine")
         while (job := self._jobs.get()) is not None:
             job()
 
@@ -117,6 +134,14 @@ class Engine:
         results = version.step.advance(rows)
         version.pool.require_current(rows.slots, rows.generations)
         return results
+
+
+def _outcome(job: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """Run a job: its result, or what it raised, whatever that is."""
+    try:
+        return job(), None
+    except BaseException as caught:  # noqa: BLE001 (handed to the caller)
+        return None, caught
 
 
 def choose_device(name: str) -> torch.device:

@@ -47,7 +47,7 @@ class Server:
         # What torch itself does here are odds and ends.
         torch.set_num_threads(1)
         self.engine = Engine(
-            choose_device(config.device), config.buckets, config.compute_threads, deterministic=config.deterministic
+            choose_device(config.device), config.buckets, config.num_compute_threads, deterministic=config.deterministic
         )
         self.metrics = Metrics(self.engine.device)
         self.metrics.queue_capacity.set(config.max_queued)

@@ -91,7 +91,8 @@ class Metrics:
         self._request_of: dict[tuple[str, str], Counter] = {}
 
         # Steps and the engine.
-        self.steps = Counter("tenuto_steps", "Session steps applied.", ["policy"], registry=r)
+        self._steps_of: dict[str, Counter] = {}
+        self._steps = Counter("tenuto_steps", "Session steps applied.", ["policy"], registry=r)
         self.failed_steps = Counter(
             "tenuto_failed_steps",
             "Steps refused with COMPUTE_FAILED: no finite result, or an error in the log.",
@@ -168,6 +169,13 @@ class Metrics:
             counter = self._request_of[rpc, code] = self._requests.labels(rpc, code)
         counter.inc()
 
+    def count_steps(self, policy: str, count: int) -> None:
+        """Count steps that were applied."""
+        counter = self._steps_of.get(policy)
+        if counter is None:
+            counter = self._steps_of[policy] = self._steps.labels(policy)
+        counter.inc(count)
+
     def begin_policy(self, policy: str) -> None:
         """Begin a policy's counters at 0."""
         for reason in ("broken", "mismatch", "failed"):
@@ -175,7 +183,7 @@ class Metrics:
         for reason in ("closed", "expired"):
             self.sessions_ended.labels(policy, reason)
         self.sessions_opened.labels(policy)
-        self.steps.labels(policy)
+        self.count_steps(policy, 0)
         self.failed_steps.labels(policy)
 
     def count_episodes(self, policy: str, version: int, count: int) -> None:

@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tenuto_proto import array_to_wire
+from tenuto_proto import write_array
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
 from tenuto_server.calls import Answer, StepCall
 from tenuto_server.errors import Refusal
 from tenuto_server.sessions import ReplyStore
+
+
+_COLUMNS = {"value": "values", "log_prob": "log_probs", "logits": "logits"}
+"""Of a row's outputs: what they are called in a batch."""
 
 
 def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer | Refusal]:
@@ -37,45 +41,43 @@ def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer 
 
     versions: list[int] = column(stored.version).tolist()
     timings: list[list[int]] = [column(c).tolist() for c in (stored.queue_us, stored.compute_us, stored.batch_size)]
-    actions = array_to_wire(column(stored.action))
-    dtype, shape, data = actions.dtype, stored.action.shape[1:], actions.data
-    row_bytes = len(data) // len(slots)
+    actions = column(stored.action)
 
     answers, first = list[Answer | Refusal](), 0
     for call in calls:
         request, end = call.request, first + call.num_rows
-        action = pb.Tensor(dtype=dtype, shape=shape, data=data[first * row_bytes : end * row_bytes])
-        if isinstance(request, pb.StepRequest):
-            if call.failed:
-                answers.append(call.failed[0])
-            else:
-                queue_us, compute_us, batch_size = (times[first] for times in timings)
-                row = pb.StepResponse(
-                    step_index=request.step_index,
-                    version=versions[first],
-                    action=action,
-                    timings=pb.Timings(queue_us=queue_us, compute_us=compute_us, batch_size=batch_size),
-                )
-                _add_row_outputs(row, request.outputs, stored, int(call.slots[0]))
-                answers.append(row)
-        else:
+        if isinstance(request, pb.StepBatchRequest):
             batch = refused_batch(request, call.failed)
             batch.versions.extend(versions[first:end])
-            action.shape.insert(0, call.num_rows)
-            batch.actions.CopyFrom(action)
+            write_array(batch.actions, actions[first:end])
             if len(call.failed) < call.num_rows:
-                queue_us, compute_us, batch_size = (max(times[first:end]) for times in timings)
-                batch.timings.CopyFrom(pb.Timings(queue_us=queue_us, compute_us=compute_us, batch_size=batch_size))
+                _write_timings(batch.timings, *(max(times[first:end]) for times in timings))
             _add_batch_outputs(batch, request.outputs, stored, call.slots, list(call.failed))
             answers.append(batch)
+        elif call.failed:
+            answers.append(call.failed[0])
+        else:
+            row = pb.StepResponse()
+            row.step_index, row.version = request.step_index, versions[first]
+            write_array(row.action, actions[first])
+            _write_timings(row.timings, *(times[first] for times in timings))
+            _add_row_outputs(row, request.outputs, stored, int(call.slots[0]))
+            answers.append(row)
         first = end
     return answers
 
 
 def refused_batch(request: pb.StepBatchRequest, failed: Mapping[int, Refusal]) -> pb.StepBatchResponse:
     """Begin the answer to a batch with the rows that failed."""
-    errors = [pb.RowError(row=row, error=failed[row].to_wire()) for row in sorted(failed)]
-    return pb.StepBatchResponse(request_id=request.request_id, errors=errors)
+    batch = pb.StepBatchResponse()
+    batch.request_id = request.request_id
+    if failed:
+        batch.errors.extend(pb.RowError(row=row, error=failed[row].to_wire()) for row in sorted(failed))
+    return batch
+
+
+def _write_timings(timings: pb.Timings, queue_us: int, compute_us: int, batch_size: int) -> None:
+    timings.queue_us, timings.compute_us, timings.batch_size = queue_us, compute_us, batch_size
 
 
 def _refuse_overtaken(stored: ReplyStore, call: StepCall) -> None:
@@ -98,18 +100,15 @@ def _add_row_outputs(row: pb.StepResponse, outputs: pb.Outputs, stored: ReplySto
     if outputs.log_prob:
         row.log_prob = float(stored.log_prob[slot])
     if outputs.logits:
-        row.logits.CopyFrom(array_to_wire(stored.logits[slot]))
+        write_array(row.logits, stored.logits[slot])
 
 
 def _add_batch_outputs(
     batch: pb.StepBatchResponse, outputs: pb.Outputs, stored: ReplyStore, slots: Slots, bad: list[int]
 ) -> None:
-    for wanted, field, of_slots in (
-        (outputs.value, batch.values, stored.value),
-        (outputs.log_prob, batch.log_probs, stored.log_prob),
-        (outputs.logits, batch.logits, stored.logits),
-    ):
+    for wanted, name in ((outputs.value, "value"), (outputs.log_prob, "log_prob"), (outputs.logits, "logits")):
         if wanted:
-            values = of_slots[slots]
-            values[bad] = 0
-            field.CopyFrom(array_to_wire(values))
+            values = getattr(stored, name)[slots]
+            if bad:
+                values[bad] = 0
+            write_array(getattr(batch, _COLUMNS[name]), values)

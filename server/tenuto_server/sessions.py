@@ -22,6 +22,7 @@ from tenuto_server.errors import Refusal, unknown_session
 if TYPE_CHECKING:
     from tenuto_server.batcher import Ticket
 
+_ONE = np.uint64(1)
 MAX_REMEMBERED = 65_536
 """Ended sessions whose fate is remembered, so that a late call learns why."""
 
@@ -46,7 +47,7 @@ class Ended:
     num_episodes: int
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Admission:
     """What :meth:`SessionTable.admit` decided about each of n rows."""
 
@@ -105,7 +106,7 @@ class SessionTable:
 
     def num_active_since(self, since_s: float) -> int:
         """Sessions that were opened or took a step after a time."""
-        return int(np.count_nonzero(self.last_active_s > since_s))
+        return int(np.count_nonzero(self.last_active_s[: self.pool.num_touched] > since_s))
 
     def by_state(self) -> dict[str, int]:
         """Slots in use: ``opened`` (no step yet), ``waiting`` (for a next step), ``stepping``, ``ending`` (after the
@@ -281,9 +282,11 @@ class SessionTable:
         found finished and whose rewards are known: (version, return).
         """
         finished = self._credit(slots, episode_starts, rewards)
-        self.num_episodes[slots] += episode_starts
-        self.next_index[slots] += np.uint64(1)
-        self.version[slots] = self.next_version[slots]
+        if np.count_nonzero(episode_starts):
+            self.num_episodes[slots] += episode_starts
+            # Within an episode it stays the same.
+            self.version[slots] = self.next_version[slots]
+        self.next_index[slots] += _ONE
         return finished + self._settle(slots, now_s)
 
     def release(self, slots: Slots, now_s: float) -> list[tuple[int, float]]:
@@ -298,9 +301,10 @@ class SessionTable:
         self, slots: Slots, episode_starts: NDArray[np.bool_], rewards: NDArray[np.float32]
     ) -> list[tuple[int, float]]:
         known = np.isfinite(rewards) & (self.version[slots] > 0)
-        if np.count_nonzero(known):
-            self.episode_return[slots[known]] += rewards[known]
-            self.has_reward[slots[known]] = True
+        if num_known := np.count_nonzero(known):
+            of = slots if num_known == len(slots) else slots[known]
+            self.episode_return[of] += rewards if of is slots else rewards[known]
+            self.has_reward[of] = True
         if not np.count_nonzero(episode_starts):
             return []
         begun = slots[episode_starts]
@@ -311,7 +315,7 @@ class SessionTable:
         return finished
 
     def _settle(self, slots: Slots, now_s: float) -> list[tuple[int, float]]:
-        assert self.busy[slots].all(), "a step was settled twice"
+        assert np.count_nonzero(self.busy[slots]) == len(slots), "a step was settled twice"
         self.busy[slots] = False
         self.ticket[slots] = None
         self.last_active_s[slots] = now_s

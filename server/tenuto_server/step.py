@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tenuto_server.arena import Slots
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class StepRows:
     """The rows of one or more tickets, as columns."""
 
@@ -43,7 +43,7 @@ class StepRows:
         return StepRows(*(np.concatenate(column) for column in columns))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class StepResults:
     """What a batch came to, on the host."""
 
@@ -61,10 +61,14 @@ class StepResults:
 
 
 class Step(Protocol):
-    """Computes the batches of one version over its policy's arena. Called by the engine's thread alone."""
+    """Computes the batches of one version over its policy's arena. Called by one thread at a time, as the engine has it."""
 
     sizes: tuple[int, ...]
     """Numbers of rows that it has code of its own for, ascending; the first batch of such a size may be slow."""
+
+    def expected_s(self, num_rows: int) -> float:
+        """Seconds for which a batch of so many rows would keep its thread busy; infinity where it would wait."""
+        ...
 
     def advance(self, rows: StepRows) -> StepResults:
         """Advance every row by one step, in the arena. The state of a row with non-finite results stays as it was."""

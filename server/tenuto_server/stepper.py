@@ -34,9 +34,11 @@ from tenuto_server.turn import StepColumns, Turn
 
 log = logging.getLogger(__name__)
 _FAILURES_LOGGED_EVERY_S = 10.0
+_BRIEF_S = 250e-6
+"""For as long a batch may hold the event loop up: handing it to the engine's thread and back takes half of that."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class TicketRows:
     """The rows of a ticket: some of those of its turn, ascending."""
 
@@ -183,7 +185,8 @@ class Stepper:
 
     def _start(self, batch: Batch, done: Callable[[StepResults | None, BaseException | None], None]) -> None:
         checkpoint = cast("ServedVersion", batch.checkpoint)
-        self._engine.submit(lambda: self._engine.run(checkpoint, _rows_of(batch)), done)
+        brief = checkpoint.step.expected_s(batch.num_rows) <= _BRIEF_S
+        self._engine.submit(lambda: self._engine.run(checkpoint, _rows_of(batch)), done, brief=brief)
         for ticket in batch.tickets:
             self._metrics.station["submit"].observe(batch.taken_s - ticket.enqueued_s)
         self._metrics.batch_rows.observe(batch.num_rows)
@@ -192,17 +195,19 @@ class Stepper:
         """Store the replies, then move the sessions on; rows without finite results stay where they were."""
         checkpoint = cast("ServedVersion", batch.checkpoint)
         policy, rows, now_s = self._policy_of(checkpoint), results.rows, self._clock()
-        good = slice(None) if results.finite.all() else results.finite
+        good = slice(None) if np.count_nonzero(results.finite) == len(rows) else results.finite
         slots, starts = rows.slots[good], rows.episode_starts[good]
         compute_s = sum(results.station_s.values())
-        num_rows = [ticket.num_rows for ticket in batch.tickets]
         replies = policy.replies
         replies.session_id[slots], replies.step_index[slots] = rows.session_ids[good], rows.step_indices[good]
         replies.version[slots] = checkpoint.version
         replies.action[slots], replies.value[slots] = results.actions[good], results.values[good]
         replies.log_prob[slots], replies.logits[slots] = results.log_probs[good], results.logits[good]
-        waits = [(batch.taken_s - t.enqueued_s) * 1e6 for t in batch.tickets]
-        replies.queue_us[slots] = np.repeat(waits, num_rows)[good]
+        if len(batch.tickets) == 1:
+            replies.queue_us[slots] = (batch.taken_s - batch.tickets[0].enqueued_s) * 1e6
+        else:
+            waits = [(batch.taken_s - t.enqueued_s) * 1e6 for t in batch.tickets]
+            replies.queue_us[slots] = np.repeat(waits, [t.num_rows for t in batch.tickets])[good]
         replies.compute_us[slots] = compute_s * 1e6
         replies.batch_size[slots] = batch.num_rows
 
@@ -210,7 +215,7 @@ class Stepper:
         self._metrics.observe_returns(policy.name, finished)
         if len(slots) < len(rows):
             self._refuse_rows(policy, checkpoint.version, batch, rows.slots, np.flatnonzero(~results.finite))
-        self._metrics.steps.labels(policy.name).inc(len(slots))
+        self._metrics.count_steps(policy.name, len(slots))
         if begun := int(np.count_nonzero(starts)):
             self._metrics.count_episodes(policy.name, checkpoint.version, begun)
         self._metrics.engine_busy.inc(compute_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import nan, prod
+from math import nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from tenuto_server.errors import Refusal, as_refusal
 from tenuto_server.policies import ServedPolicy
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class StepColumns:
     """Rows whose form is right, as columns of n."""
 
@@ -57,12 +57,16 @@ class _Form(NamedTuple):
     shape: tuple[int, ...]
     num_bytes: int
     """Of one row."""
+    array_dtype: np.dtype[Any]
+    """As it travels."""
 
 
 @cache
 def _forms(codec: ObservationCodec) -> dict[str, _Form]:
     return {
-        leaf.name: _Form(position, WIRE_DTYPES[leaf.dtype], leaf.shape, leaf.dtype.itemsize * prod(leaf.shape))
+        leaf.name: _Form(
+            position, WIRE_DTYPES[leaf.dtype], leaf.shape, leaf.dtype.itemsize * leaf.size, leaf.dtype.newbyteorder("<")
+        )
         for position, leaf in enumerate(codec.leaves)
     }
 
@@ -139,8 +143,8 @@ class Turn:
         if self._columns is None:
             n, codec = len(self._session_ids), self.policy.codec
             rows: dict[str, NDArray[Any]] = {
-                leaf.name: np.frombuffer(b"".join(data), leaf.dtype.newbyteorder("<")).reshape(n, *leaf.shape)
-                for leaf, data in zip(codec.leaves, self._data, strict=True)
+                name: np.frombuffer(b"".join(data), form.array_dtype).reshape(n, *form.shape)
+                for (name, form), data in zip(self._forms.items(), self._data, strict=True)
             }
             refused = {row: as_refusal(error) for row, error in codec.refused_rows(rows).items()}
             self._columns = StepColumns(

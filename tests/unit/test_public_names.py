@@ -7,7 +7,7 @@ import tenuto_trainer
 
 PUBLIC = {
     tenuto_proto: ["ObservationCodec", "WireError", "array_from_wire", "array_to_wire", "space_from_wire",
-                   "space_to_wire"],
+                   "space_to_wire", "write_array"],
     tenuto_models: ["Checkpoint", "CheckpointError", "ConfigError", "DNCConfig", "DNCCore", "Evaluation",
                     "FrameconvConfig", "FrameconvCore", "MemoryCore", "ModelError", "Policy", "PolicyConfig",
                     "PolicyOutput", "State", "StateSpec", "TensorSpec", "TrainingProgress", "import_popgym"],

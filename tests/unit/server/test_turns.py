@@ -37,7 +37,7 @@ class HandEngine(Engine):
         super().__init__(torch.device("cpu"), (4, 8, 16, 32, 64))
         self.jobs: list[tuple[Callable[[], Any], Callable[[Any, Any], None]]] = []
 
-    def submit(self, job: Callable[[], Any], done: Callable[[Any, Any], None]) -> None:
+    def submit(self, job: Callable[[], Any], done: Callable[[Any, Any], None], *, brief: bool = False) -> None:
         self.jobs.append((job, done))
 
     def finish(self) -> None:
