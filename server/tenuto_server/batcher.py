@@ -169,8 +169,8 @@ R = TypeVar("R")
 class Batcher(Generic[R]):
     """Hands batches to the device, one at a time, and settles their tickets.
 
-    ``start(batch, done)`` begins a batch without blocking and has ``done(result, error)`` called on the event loop when
-    it is over. ``commit(batch, result)`` records what was applied; ``abandon(ticket, refusal)`` records that a ticket's
+    ``start(batch, done)`` begins a batch and has ``done(result, error)`` called on the event loop when it is over,
+    perhaps before it returns. ``commit(batch, result)`` records what was applied; ``abandon(ticket, refusal)`` records that a ticket's
     rows were not. Every ticket is settled exactly once. ``freed()`` is called when a batch is over and before the next
     one is taken. ``settled()`` is called after the waiters of any number of tickets, so that those can be answered
     together, and after the next batch has begun.
@@ -191,7 +191,7 @@ class Batcher(Generic[R]):
         self._freed, self._settled = freed, settled
         self._running: Batch | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
+        self._closed = self._is_dispatching = False
 
     @property
     def idle(self) -> bool:
@@ -243,28 +243,35 @@ class Batcher(Generic[R]):
 
     def _dispatch(self) -> None:
         """Start the next batch if the device is free and the batch may close; else come back when it may."""
-        if self._running is not None or self._closed:
+        # A batch that is over as soon as it is begun comes back here: the next one is this loop's, not a nested call's.
+        if self._running is not None or self._closed or self._is_dispatching:
             return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._running is None and (ready_s := self.queue.ready_at()) is not None:
-            now_s = self._clock()
-            if now_s < ready_s:
-                self._timer = asyncio.get_running_loop().call_later(ready_s - now_s, self._dispatch)
-                return
-            batch, late = self.queue.take(now_s)
-            if batch.tickets:
-                self._run(batch)
-            if late:
-                self._refuse_late(late)
-                self._settled()
+        self._is_dispatching = True
+        try:
+            while self._running is None and not self._closed and (ready_s := self.queue.ready_at()) is not None:
+                now_s = self._clock()
+                if now_s < ready_s:
+                    self._timer = asyncio.get_running_loop().call_later(ready_s - now_s, self._dispatch)
+                    return
+                batch, late = self.queue.take(now_s)
+                if batch.tickets:
+                    self._run(batch)
+                if late:
+                    self._refuse_late(late)
+                    self._settled()
+        finally:
+            self._is_dispatching = False
 
     def _run(self, batch: Batch) -> None:
         self._running = batch
         try:
             self._start(batch, lambda result, error: self._finish(batch, result, error))
         except Exception as error:  # noqa: BLE001 (whatever it was, the waiters must hear of it)
+            if self._running is not batch:
+                raise
             self._finish(batch, None, error)
 
     def _finish(self, batch: Batch, result: R | None, error: BaseException | None) -> None:

@@ -72,14 +72,14 @@ class Engine:
     def submit(
         self, job: Callable[[], T], done: Callable[[T | None, BaseException | None], None], *, brief: bool = False
     ) -> None:
-        """Queue a job from the event loop; ``done(result, error)`` is called there later, when it is over.
+        """Queue a job from the event loop; ``done(result, error)`` is called there when it is over.
 
-        ``brief``: it may hold the event loop up for as long as it takes.
+        ``brief``: it may hold the event loop up; where nothing is under way it is over, and told, before this returns.
         """
-        loop = asyncio.get_running_loop()
         if brief and not self._num_under_way:
-            loop.call_soon(done, *_outcome(job))
+            done(*_outcome(job))
             return
+        loop = asyncio.get_running_loop()
         self._num_under_way += 1
 
         def settle(result: T | None, error: BaseException | None) -> None:

@@ -1,6 +1,7 @@
 """Where calls arrive: those of one turn are checked together (station 2). Owned by the event loop.
 
-A lone call is a turn of its own, which ends when the loop has run what was ready. Where many sessions step within
+A call that has all the sessions that step just now is a turn of its own and goes on at once. With a few others its turn
+ends when the loop has run what was ready. Where many sessions step within
 milliseconds, their calls are under way together, but gRPC hands them over one by one; so the turn waits until as many
 rows are here, for two milliseconds at most. While the device is busy, few rows wait until it is free, which they would
 have to anyway.
@@ -62,16 +63,21 @@ class Intake:
         stepper.when_free = self._end_or_wait
 
     def take(self, call: StepCall) -> None:
-        """Advance each row's session by one step; the call is answered later, never from in here."""
+        """Advance each row's session by one step; the call is answered when that is done, perhaps in here."""
+        is_alone = False
         if not self._arrived:
-            since_s = self._clock() - _RECENT_S
-            num_active = sum(policy.sessions.num_active_since(since_s) for policy in self._registry)
+            since_s, num_active = self._clock() - _RECENT_S, 0
+            for policy in self._registry:
+                num_active += policy.sessions.num_active_since(since_s)
             self._num_expected = num_active if num_active >= _MANY_SESSIONS else 1
+            is_alone = 0 < num_active <= call.num_rows
         self._arrived.append(call)
         self._num_rows += call.num_rows
         if self._is_ending or (self._num_rows < _FEW_ROWS and self._stepper.batcher.is_busy):
             return
-        if self._is_complete():
+        if is_alone:
+            self.end_turn()
+        elif self._is_complete():
             self._is_ending = True
             asyncio.get_running_loop().call_soon(self.end_turn)
         else:

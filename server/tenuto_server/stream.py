@@ -74,7 +74,12 @@ class StepStream:
             while (request := await self._context.read()) is not _EOF:
                 number = self._num_read
                 self._num_read += 1
-                self._calls[number] = self._begin(request, partial(self._answer, number, request.request_id))
+                call = self._begin(request, partial(self._answer, number, request.request_id))
+                if not call.is_over:
+                    self._calls[number] = call
+                elif self._answers:
+                    # Its answer leaves before the next request is asked for.
+                    await asyncio.sleep(0)
                 while self._num_read - self._num_written >= MAX_STREAM_REQUESTS:
                     self._room.clear()
                     await self._room.wait()
@@ -84,7 +89,7 @@ class StepStream:
         self._to_write.set()
 
     def _answer(self, number: int, request_id: int, outcome: Answer | Exception) -> None:
-        del self._calls[number]
+        self._calls.pop(number, None)
         if isinstance(outcome, Exception):
             self._answers.append(self._failure(request_id, outcome))
         else:
