@@ -184,11 +184,13 @@ class Intake:
         refused: dict[int, Refusal] = {}
         if len(self._registry) == 1:
             return refused
-        for row, session_id in enumerate(request.session_ids):
-            owner = self._registry.of_session(session_id)
-            if owner is not None and owner is not policy:
-                message = f"session {session_id}: got one of policy {owner.name!r}, expected {policy.name!r}"
-                refused[row] = Refusal(pb.POLICY_MISMATCH, message)
+        session_ids = request.session_ids[:]
+        if strangers := policy.sessions.without(session_ids):
+            for row, session_id in enumerate(session_ids):
+                owner = self._registry.of_session(session_id) if session_id in strangers else None
+                if owner is not None and owner is not policy:
+                    message = f"session {session_id}: got one of policy {owner.name!r}, expected {policy.name!r}"
+                    refused[row] = Refusal(pb.POLICY_MISMATCH, message)
         return refused
 
 

@@ -40,7 +40,7 @@ def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer 
         return values
 
     versions: list[int] = column(stored.version).tolist()
-    timings: list[list[int]] = [column(c).tolist() for c in (stored.queue_us, stored.compute_us, stored.batch_size)]
+    timings = [column(times) for times in (stored.queue_us, stored.compute_us, stored.batch_size)]
     actions = column(stored.action)
 
     answers, first = list[Answer | Refusal](), 0
@@ -51,7 +51,7 @@ def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer 
             batch.versions.extend(versions[first:end])
             write_array(batch.actions, actions[first:end])
             if len(call.failed) < call.num_rows:
-                _write_timings(batch.timings, *(max(times[first:end]) for times in timings))
+                _write_timings(batch.timings, timings, first, end)
             _add_batch_outputs(batch, request.outputs, stored, call.slots, list(call.failed))
             answers.append(batch)
         elif call.failed:
@@ -60,7 +60,7 @@ def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer 
             row = pb.StepResponse()
             row.step_index, row.version = request.step_index, versions[first]
             write_array(row.action, actions[first])
-            _write_timings(row.timings, *(times[first] for times in timings))
+            _write_timings(row.timings, timings, first, end)
             _add_row_outputs(row, request.outputs, stored, int(call.slots[0]))
             answers.append(row)
         first = end
@@ -76,8 +76,15 @@ def refused_batch(request: pb.StepBatchRequest, failed: Mapping[int, Refusal]) -
     return batch
 
 
-def _write_timings(timings: pb.Timings, queue_us: int, compute_us: int, batch_size: int) -> None:
-    timings.queue_us, timings.compute_us, timings.batch_size = queue_us, compute_us, batch_size
+def _write_timings(timings: pb.Timings, columns: Sequence[NDArray[np.uint32]], first: int, end: int) -> None:
+    """Write those of the slowest of some rows."""
+    queue_us, compute_us, batch_size = columns
+    if end - first == 1:
+        timings.queue_us, timings.compute_us = int(queue_us[first]), int(compute_us[first])
+        timings.batch_size = int(batch_size[first])
+    else:
+        timings.queue_us, timings.compute_us = int(queue_us[first:end].max()), int(compute_us[first:end].max())
+        timings.batch_size = int(batch_size[first:end].max())
 
 
 def _refuse_overtaken(stored: ReplyStore, call: StepCall) -> None:

@@ -9,6 +9,7 @@ Legend: C capacity, n rows of a request.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,10 @@ class SessionTable:
 
     def __contains__(self, session_id: int) -> bool:
         return session_id in self._slots
+
+    def without(self, session_ids: Iterable[int]) -> set[int]:
+        """Return those that are no open session's."""
+        return set(session_ids) - self._slots.keys()
 
     @property
     def num_begun(self) -> int:

@@ -65,7 +65,8 @@ class Stepper:
         self.when_free: Callable[[], None] = lambda: None
         """Called when the device is free, before it takes the next batch."""
         self.draining = False
-        self._ready: list[tuple[ServedPolicy, StepCall]] = []
+        self._ready: dict[ServedPolicy, list[StepCall]] = {}
+        """Calls to answer."""
         self._log_failures_s = 0.0
         """Not before."""
 
@@ -119,7 +120,8 @@ class Stepper:
             self._hand_out(calls, admission)
         self._metrics.station["admit"].observe(self._clock() - began_s, len(calls))
         tickets = self._tickets(policy, calls, columns, admission)
-        self._ready += [(policy, call) for call in calls if not call.num_pending]
+        if settled := [call for call in calls if not call.num_pending]:
+            self._ready.setdefault(policy, []).extend(settled)
         self.batcher.submit(tickets)
 
     def _hand_out(self, calls: Sequence[StepCall], admission: Admission) -> None:
@@ -179,7 +181,7 @@ class Stepper:
     def _settled(self, policy: ServedPolicy, call: StepCall) -> None:
         call.num_pending -= 1
         if not call.num_pending and not call.is_over:
-            self._ready.append((policy, call))
+            self._ready.setdefault(policy, []).append(call)
 
     # ------------------------------------------------------------------ what the batcher calls
 
@@ -224,10 +226,11 @@ class Stepper:
 
     def _answer_ready(self) -> None:
         """Write the replies of the calls whose tickets are settled."""
-        ready, self._ready = self._ready, []
+        if not self._ready:
+            return
+        ready, self._ready = self._ready, {}
         began_s = self._clock()
-        for policy in dict.fromkeys(policy for policy, _ in ready):
-            calls = [call for its, call in ready if its is policy]
+        for policy, calls in ready.items():
             try:
                 self._answer(policy, calls, began_s)
             except Exception as error:  # noqa: BLE001 (whatever it was, the callers must hear of it)
