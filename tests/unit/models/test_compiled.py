@@ -126,7 +126,7 @@ def test_an_action_is_the_distributions(action_space: spaces.Space[Any], determi
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_company_number_and_place_change_no_bit(name: str, threads: int) -> None:
-    sessions = BLOCK + 45
+    sessions = BLOCK + 101  # So that threads get parts of the last batch.
     whole, apart = (Play(lively(CONFIGS[name]), sessions, t) for t in (1, threads))
     for index in range(3):
         expected = whole.advance(np.arange(sessions), index)

@@ -32,6 +32,8 @@ class Device:
         """These, as they stood whenever the batcher said that waiters may be answered."""
         self.waiters: dict[Ticket, Callable[[], None]] = {}
         self._done: Callable[[Any, Any], None] | None = None
+        self.is_instant = False
+        """Whether a batch is over before its start returns."""
         queue = BatchQueue(max_batch, max_wait_s, max_rows)
         self.batcher: Batcher[str] = Batcher(
             queue,
@@ -50,6 +52,8 @@ class Device:
         self.started.append(batch)
         self.has_started.set()
         self._done = done
+        if self.is_instant:
+            self.finish()
 
     def _commit(self, batch: Batch, result: str) -> None:
         if self.commit_error is not None:
@@ -286,6 +290,27 @@ async def test_what_is_submitted_when_the_device_becomes_free_joins_the_next_bat
     device.finish()
     assert device.started[1].tickets == [waiting, *late]
     assert device.batcher.is_busy
+
+
+async def test_batches_that_are_over_at_once_follow_one_another_without_end() -> None:
+    device = Device(max_batch=1)
+    first = device.submit()
+    waiting = [device.submit() for _ in range(5000)]
+    device.is_instant = True
+    device.finish()
+    assert device.batcher.idle and len(device.committed) == 5001
+    assert all(t.state is TicketState.DONE and t.refusal is None for t in (first, *waiting))
+    assert device.told == [first, *waiting] and device.answers[-1] == device.told
+
+
+async def test_a_batch_that_is_over_at_once_is_settled_before_the_submission_returns() -> None:
+    device = Device()
+    device.is_instant = True
+    device.arrive = device.submit
+    ticket = device.submit()
+    assert ticket.state is TicketState.DONE and device.batcher.idle
+    # What arrives when the device becomes free goes into a batch of its own, not into a nested one.
+    assert [batch.num_rows for batch in device.committed] == [1, 1] and len(device.told) == 2
 
 
 async def test_tickets_that_are_submitted_together_share_a_batch() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -134,6 +137,44 @@ def test_neither_logits_nor_value_may_be_infinite(head: str) -> None:
     version = bench.served.prepare(Checkpoint("policy", 2, policy, TrainingProgress(), 0.0), bench.engine)
     results = bench.engine.run(version, bench.rows([0], flat_observations(1), 0))
     assert results.finite.tolist() == [False]
+
+
+async def test_a_brief_job_runs_where_it_is_submitted_unless_another_is_under_way() -> None:
+    engine, here, told = Engine(torch.device("cpu"), (4,)), threading.get_ident(), list[Any]()
+    engine.submit(threading.get_ident, lambda *outcome: told.append(outcome), brief=True)
+    assert told == [(here, None)]
+
+    go_on = threading.Event()
+    slow = asyncio.ensure_future(engine.call(go_on.wait))
+    await asyncio.sleep(0)
+    ended = asyncio.Event()
+
+    def done(*outcome: Any) -> None:
+        told.append(outcome)
+        ended.set()
+
+    engine.submit(threading.get_ident, done, brief=True)
+    assert len(told) == 1, "a brief job ran beside another"
+    go_on.set()
+    await slow
+    await ended.wait()
+    assert told[1][0] not in (here, None)
+    # And then the next one runs here again; what it raises is told like a result.
+    engine.submit(lambda: 1 / 0, done, brief=True)
+    assert isinstance(told[2][1], ZeroDivisionError)
+    engine.close()
+
+
+def test_a_host_says_what_a_batch_will_take_from_what_others_took() -> None:
+    bench = Bench("cpu", "dnc")
+    step, observations = bench.version.step, flat_observations(40)
+    assert step.expected_s(1) == inf, "nobody knows yet"
+    took_s = [sum(step.advance(bench.rows([0], observations, index)).station_s.values()) for index in range(5)]
+    assert 0 < min(took_s) <= step.expected_s(1) <= max(took_s)
+    assert step.expected_s(32) == inf
+    # Of about the same size.
+    step.advance(bench.rows(list(range(40)), observations, 0))
+    assert step.expected_s(1) < step.expected_s(32) == step.expected_s(63) < inf
 
 
 async def test_what_fails_after_a_job_reaches_its_caller() -> None:

@@ -285,6 +285,25 @@ async def test_sessions_that_step_at_once_wait_for_each_other_but_not_for_long()
     assert desk.applied(alone)
 
 
+async def test_a_call_that_has_all_the_sessions_that_step_goes_on_at_once() -> None:
+    desk = Desk()
+    desk.open(1, 2, 3)
+    desk.step(1)
+    await turn()
+    desk.engine.finish()
+    # Only session 1 has stepped a moment ago: nobody else is waited for, not even for a turn of the loop.
+    desk.step(1, index=1)
+    assert len(desk.engine.jobs) == 1
+    desk.engine.finish()
+    desk.batch([2, 3])
+    await turn()
+    desk.engine.finish()
+    desk.step(1, index=2)
+    assert not desk.engine.jobs, "others step, too"
+    await turn()
+    assert len(desk.engine.jobs) == 1
+
+
 async def test_a_lone_session_never_waits_for_company() -> None:
     desk = Desk()
     desk.open(1)
