@@ -62,9 +62,8 @@ class SlotPool:
 
     def require_current(self, slots: Slots, generations: NDArray[np.int64]) -> None:
         """Assert that no slot changed hands since ``generations`` were read: the law of every gather and scatter."""
-        assert not np.count_nonzero(self.generation[slots] != generations), (
-            "a slot changed hands while its step was running"
-        )
+        changed = np.count_nonzero(self.generation[slots] != generations)
+        assert not changed, "a slot changed hands while its step was running"
 
 
 class StateArena:

@@ -170,10 +170,10 @@ class Batcher(Generic[R]):
     """Hands batches to the device, one at a time, and settles their tickets.
 
     ``start(batch, done)`` begins a batch and has ``done(result, error)`` called on the event loop when it is over,
-    perhaps before it returns. ``commit(batch, result)`` records what was applied; ``abandon(ticket, refusal)`` records that a ticket's
-    rows were not. Every ticket is settled exactly once. ``freed()`` is called when a batch is over and before the next
-    one is taken. ``settled()`` is called after the waiters of any number of tickets, so that those can be answered
-    together, and after the next batch has begun.
+    perhaps before it returns. ``commit(batch, result)`` records what was applied; ``abandon(ticket, refusal)`` records
+    that a ticket's rows were not. Every ticket is settled exactly once. ``freed()`` is called when a batch is over and
+    before the next one is taken. ``settled()`` is called after the waiters of any number of tickets, so that those can
+    be answered together, and after the next batch has begun.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class Batcher(Generic[R]):
         self._running = batch
         try:
             self._start(batch, lambda result, error: self._finish(batch, result, error))
-        except Exception as error:  # noqa: BLE001 (whatever it was, the waiters must hear of it)
+        except Exception as error:
             if self._running is not batch:
                 raise
             self._finish(batch, None, error)

@@ -1,4 +1,4 @@
-"""Owns the device: gathers state, runs the forward pass, scatters state, one batch at a time, on a thread of its own."""
+"""Owns the device, on a thread of its own: gathers state, runs the forward pass, scatters state, a batch at a time."""
 
 from __future__ import annotations
 

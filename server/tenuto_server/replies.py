@@ -18,7 +18,6 @@ from tenuto_server.calls import Answer, StepCall
 from tenuto_server.errors import Refusal
 from tenuto_server.sessions import ReplyStore
 
-
 _COLUMNS = {"value": "values", "log_prob": "log_probs", "logits": "logits"}
 """Of a row's outputs: what they are called in a batch."""
 

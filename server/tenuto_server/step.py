@@ -61,7 +61,7 @@ class StepResults:
 
 
 class Step(Protocol):
-    """Computes the batches of one version over its policy's arena. Called by one thread at a time, as the engine has it."""
+    """Computes the batches of one version over its policy's arena. Called by one thread at a time."""
 
     sizes: tuple[int, ...]
     """Numbers of rows that it has code of its own for, ascending; the first batch of such a size may be slow."""
