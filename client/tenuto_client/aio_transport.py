@@ -15,6 +15,7 @@ from tenuto_client.errors import ClientClosedError, TenutoError, error_from_rpc
 from tenuto_client.results import StepResult
 from tenuto_client.session import Session
 from tenuto_client.shared_stream import SharedStream
+from tenuto_client.step import Step
 from tenuto_client.transport import checked_reply, metadata_of
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
@@ -46,17 +47,19 @@ class AioTransport:
         """Whether close() was called."""
 
     async def step(self, session: Session, observation: Any, episode_start: bool, reward: float | None) -> StepResult:
-        """Make a session's step and return its result; over the shared stream the usual one costs no program."""
-        if self._shared is not None:
-            with session.alone:
-                step = session.begin(observation, episode_start, reward)
-                answer = None if step is None else await self._shared.send(step, session.first_attempt_s)
-                if isinstance(answer, StepResult):
+        """Make a session's step and return its result; the usual one costs no program."""
+        with session.alone:
+            step = session.begin(observation, episode_start, reward)
+            if step is None:
+                program, answers = session.step(observation, episode_start, reward), None
+            else:
+                answer = await self._stepped(step, session.first_attempt_s)
+                result = step.success(answer)
+                if result is not None:
                     session.applied()
-                    return answer
-            if step is not None:
-                return await self.run(session.settle(step), [answer])
-        return await self.run(session.step(observation, episode_start, reward))
+                    return result
+                program, answers = session.settle(step), [answer]
+        return await self.run(program, answers)
 
     async def run(self, program: Program[T], answers: list[Any] | None = None) -> T:
         """Carry a program out and return its result. Raises what it raises.
@@ -92,6 +95,11 @@ class AioTransport:
             await shared.release()
         elif self._channel is not None:
             await self._channel.close()
+
+    async def _stepped(self, step: Step, timeout_s: float) -> Any:
+        if self._shared is not None:
+            return await self._shared.send(step, timeout_s)
+        return await self._make(step.call(timeout_s))
 
     async def _make(self, call: Call) -> Any:
         if self._channel is None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tenuto_client.effects import Call
 from tenuto_client.errors import TenutoError, UnexpectedReplyError, error_from_message
 from tenuto_client.options import PolicyOptions
 from tenuto_client.results import StepResult, Timings
@@ -51,6 +53,21 @@ class Step:
             reward=self.reward,
             outputs=self.form.outputs,
         )
+
+    def call(self, timeout_s: float) -> Call:
+        """Return the unary call."""
+        return Call("Step", self.request(), timeout_s, self.session_id, self.form.server_epoch, self)
+
+    def success(self, answer: Any) -> StepResult | None:
+        """Return the result that an answer is or holds; None where it is anything else, such as an error."""
+        if isinstance(answer, StepResult):
+            return answer
+        if not isinstance(answer, pb.StepResponse) or answer.step_index != self.step_index:
+            return None
+        try:
+            return self.result(answer)
+        except UnexpectedReplyError:
+            return None
 
     def result(self, reply: pb.StepResponse) -> StepResult:
         """Read the answer to a unary call. Raises UnexpectedReplyError."""

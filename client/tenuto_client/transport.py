@@ -13,7 +13,7 @@ from tenuto_client.effects import Call, Program, Sleep, T
 from tenuto_client.errors import ClientClosedError, TenutoError, error_from_message, error_from_rpc
 from tenuto_client.results import StepResult
 from tenuto_client.session import Session
-from tenuto_client.step import Answer, Step
+from tenuto_client.step import Step
 from tenuto_client.stream import StepStream
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
@@ -74,17 +74,19 @@ class Transport:
         """Whether close() was called."""
 
     def step(self, session: Session, observation: Any, episode_start: bool, reward: float | None) -> StepResult:
-        """Make a session's step and return its result; over the stream the usual one costs no program."""
-        if self._stream is not None:
-            with session.alone:
-                step = session.begin(observation, episode_start, reward)
-                answer = None if step is None else self._stepped(self._stream, step, session.first_attempt_s)
-                if isinstance(answer, StepResult):
+        """Make a session's step and return its result; the usual one costs no program."""
+        with session.alone:
+            step = session.begin(observation, episode_start, reward)
+            if step is None:
+                program, answers = session.step(observation, episode_start, reward), None
+            else:
+                answer = self._stepped(step, session.first_attempt_s)
+                result = step.success(answer)
+                if result is not None:
                     session.applied()
-                    return answer
-            if step is not None:
-                return self.run(session.settle(step), [answer])
-        return self.run(session.step(observation, episode_start, reward))
+                    return result
+                program, answers = session.settle(step), [answer]
+        return self.run(program, answers)
 
     def run(self, program: Program[T], answers: list[Any] | None = None) -> T:
         """Carry a program out and return its result. Raises what it raises.
@@ -118,9 +120,7 @@ class Transport:
     def _make(self, calls: Sequence[Call]) -> list[Any]:
         if len(calls) == 1 and (self._stream is None or calls[0].method != "StepBatch"):
             [call] = calls
-            if self._stream is not None and call.step is not None:
-                return [self._stepped(self._stream, call.step, call.timeout_s)]
-            return [self._blocking(call)]
+            return [self._blocking(call) if call.step is None else self._stepped(call.step, call.timeout_s)]
         try:
             started = [self._start(call) for call in calls]
         except ValueError as error:
@@ -136,9 +136,11 @@ class Transport:
             # What gRPC raises on a channel that another thread has just closed.
             return self._if_closed(error)
 
-    def _stepped(self, stream: StepStream, step: Step, timeout_s: float) -> Answer:
+    def _stepped(self, step: Step, timeout_s: float) -> Any:
+        if self._stream is None:
+            return self._blocking(step.call(timeout_s))
         try:
-            reply = stream.send(step.form.join([step], timeout_s), timeout_s).result()
+            reply = self._stream.send(step.form.join([step], timeout_s), timeout_s).result()
         except grpc.RpcError as error:
             return error_from_rpc(error, step.form.server_epoch)
         except TenutoError as error:

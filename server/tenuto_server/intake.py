@@ -1,10 +1,9 @@
 """Where calls arrive: those of one turn are checked together (station 2). Owned by the event loop.
 
 A call that has all the sessions that step just now is a turn of its own and goes on at once. With a few others its turn
-ends when the loop has run what was ready. Where many sessions step within
-milliseconds, their calls are under way together, but gRPC hands them over one by one; so the turn waits until as many
-rows are here, for two milliseconds at most. While the device is busy, few rows wait until it is free, which they would
-have to anyway.
+ends when the loop has run what was ready. Where many step, their calls are under way together, but gRPC hands them over
+one by one; so the turn waits until as many rows are here as came in the last milliseconds, for two milliseconds at most.
+While the device is busy, few rows wait until it is free, which they would have to anyway.
 """
 
 from __future__ import annotations
@@ -27,12 +26,14 @@ _MAX_INLINE_FLOATS = 65_536
 """Flattened floats of a turn that are checked on the event loop: some hundred microseconds."""
 _FEW_ROWS = 32
 """As many are checked while the device is still busy, so that it does not wait for that."""
-_RECENT_S = 3e-3
-"""Seconds after a step in which its session's next is expected."""
+_ACTIVE_S = 50e-3
+"""Seconds after a step in which its session counts as one that steps."""
 _MANY_SESSIONS = 4
-"""Fewer that step within that time are not waited for: the loop has time for each of them."""
+"""Fewer that step are not waited for: the loop has time for each of them."""
 _COMPANY_S = 2e-3
-"""Seconds that a turn waits for the sessions that are expected."""
+"""Seconds that a turn waits for company at most."""
+_RECENT_S = 3e-3
+"""Company is as many rows as came in these last seconds: where none did, none is waited for."""
 
 
 class Intake:
@@ -66,11 +67,9 @@ class Intake:
         """Advance each row's session by one step; the call is answered when that is done, perhaps in here."""
         is_alone = False
         if not self._arrived:
-            since_s, num_active = self._clock() - _RECENT_S, 0
-            for policy in self._registry:
-                num_active += policy.sessions.num_active_since(since_s)
-            self._num_expected = num_active if num_active >= _MANY_SESSIONS else 1
+            num_active = self._num_active(_ACTIVE_S)
             is_alone = 0 < num_active <= call.num_rows
+            self._num_expected = self._num_active(_RECENT_S) if num_active >= _MANY_SESSIONS else 1
         self._arrived.append(call)
         self._num_rows += call.num_rows
         if self._is_ending or (self._num_rows < _FEW_ROWS and self._stepper.batcher.is_busy):
@@ -114,6 +113,13 @@ class Intake:
             self.end_turn()
         else:
             self._await_company()
+
+    def _num_active(self, within_s: float) -> int:
+        """Sessions that took a step in the last seconds."""
+        since_s, count = self._clock() - within_s, 0
+        for policy in self._registry:
+            count += policy.sessions.num_active_since(since_s)
+        return count
 
     def _is_complete(self) -> bool:
         """Whether as many rows are here as are worth waiting for."""
