@@ -136,17 +136,20 @@ def _split(builder: Any, source: Any, to: Any, row: int, *, rounds: bool) -> Non
     def constant(value: int) -> Any:
         return ir.Constant(whole, [value] * 16)
 
-    def upper_half(rest: Any) -> Any:
+    def upper_half(rest: Any, part: int) -> Any:
         bits = builder.bitcast(rest, whole)
-        if rounds:
-            # Not what would become infinite, nor what is not finite.
-            small = builder.icmp_unsigned("<", builder.and_(bits, constant(0x7FFFFFFF)), constant(0x7F7F8000))
-            bits = builder.select(small, builder.add(bits, constant(0x8000)), bits)
+        if rounds and part < 2:
+            rounded = builder.add(bits, constant(0x8000))
+            if part == 0:
+                # Not what would become infinite, nor what is not finite: the last part keeps a NaN.
+                small = builder.icmp_unsigned("<", builder.and_(bits, constant(0x7FFFFFFF)), constant(0x7F7F8000))
+                rounded = builder.select(small, rounded, bits)
+            bits = rounded
         return builder.and_(bits, constant(0xFFFF0000))
 
     rests = [builder.load(_pointer(builder, source, 128 * row + at, floats), align=4) for at in (0, 64)]
     for part in range(3):
-        halves = [upper_half(rest) for rest in rests]
+        halves = [upper_half(rest, part) for rest in rests]
         pairs = builder.or_(builder.lshr(halves[0], constant(16)), halves[1])
         builder.store(pairs, _pointer(builder, to, _TILE * part + 64 * row, whole), align=4)
         rests = [builder.fsub(r, builder.bitcast(h, floats)) for r, h in zip(rests, halves, strict=True)]

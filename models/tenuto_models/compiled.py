@@ -35,6 +35,8 @@ from tenuto_models.sampling import uniform
 Array = NDArray[Any]
 BLOCK = 96
 """Rows that go through all layers together: what they need stays in the cache, and tiles of 6 and 12 fit."""
+GAP = 16
+"""Floats between rows: rows a power of two apart would fight for few places of the cache."""
 _MIN_ROWS_OF_A_THREAD = 32
 """Fewer are not worth waking a thread for."""
 _EPSILON = 1e-5
@@ -224,7 +226,7 @@ def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free
     before = work[net.before : net.before + rows * size].reshape((rows, size))
     after = work[net.after : net.after + rows * size].reshape((rows, size))
     place_of = net.rest
-    gates_width = (outputs + LANES - 1) // LANES * LANES
+    gates_width = (outputs + LANES - 1) // LANES * LANES + GAP
     gates = work[place_of : place_of + rows * gates_width].reshape((rows, gates_width))
     linear(work, net.core_inputs, inputs, rows, net.packed, place, inputs, outputs, work, place_of, gates_width,
            net.slopes[net.core], work[net.product :])  # fmt: skip
@@ -411,7 +413,7 @@ class CompiledStep:
             layers.add(core.gates)
             layers.add(core.access.interface)
             layers.add(core.output)
-            widths = (padded(4 * dnc.hidden), dnc.features, 2 * padded(dnc.interface), (4 * dnc.heads + 2) * dnc.cells)
+            widths = (padded(4 * dnc.hidden) + GAP, dnc.features, 2 * padded(dnc.interface), (4 * dnc.heads + 2) * dnc.cells)
         elif isinstance(core, FrameconvCore):
             dnc, widths = Sizes(0, 0, 0, 0), ()
             layers.add(core.conv)
@@ -425,7 +427,9 @@ class CompiledStep:
         layers.add_all(policy.critic)
 
         state_size = sum(spec.num_elements for spec in core.state_spec)
-        width, core_inputs = max(padded(outputs) for _, outputs, _ in layers.shapes), layers.shapes[core_layer][0]
+        own = () if not dnc.hidden else (core_layer, core_layer + 1)
+        width = max(padded(o) for layer, (_, o, _) in enumerate(layers.shapes) if layer not in own) + GAP
+        core_inputs = layers.shapes[core_layer][0]
         regions = np.cumsum([3 * width, core_inputs, state_size, state_size, sum(widths)]) * BLOCK
         inputs_at, before, after, rest, product = (int(end) for end in regions)
         work_size = product + max(scratch_size(BLOCK, inputs) for inputs, _, _ in layers.shapes)
