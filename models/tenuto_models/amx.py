@@ -36,9 +36,13 @@ from tenuto_models.jit import cpu_features
 Array = NDArray[Any]
 LANES = 32
 """Outputs are computed by so many."""
+BLOCK = 256
+"""Rows that go through all layers together: many, since weights are split once for all of them."""
 _TILE = 1024
 _SPLIT = 3 * _TILE
 """Of 16 rows or columns of a block: their first, second and third parts."""
+_AHEAD = 2048
+"""How far ahead of their split weights are fetched for up to 16 rows; with more the products leave time for it."""
 _ORDER = ((3, 1), (2, 1), (2, 2), (1, 2), (1, 1), (1, 3))
 """Parts of x and of W that are multiplied. From one to the next only one of them changes, so that less is loaded."""
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -59,8 +63,8 @@ def padded(num_outputs: int) -> int:
 
 
 def pack(weight: Array, bias: Array) -> NDArray[np.float32]:
-    """Lay out ``W [N, K]`` and ``b [N]`` for :func:`linear`: W as ``[Np / 32, Kp / 32, 2, 16, 2, 16]``, which are panel,
-    block of inputs, half of the panel, input k of the block beside k + 16, and output; then b.
+    """Lay out ``W [N, K]`` and ``b [N]`` for :func:`linear`: W as ``[Np / 32, Kp / 32, 2, 16, 2, 16]``, which are
+    panel, block of inputs, half of the panel, input k of the block beside k + 16, and output; then b.
     """
     outputs, inputs = weight.shape
     n, k = padded(outputs), -(-inputs // 32) * 32
@@ -232,6 +236,10 @@ def _product(tiles: int, multiply: Callable[..., Iterator[None]]) -> tuple[Any, 
         for step, _ in enumerate(multiply(builder, x, next_x, weights)):
             for row in range(32 * step // 12, 32 * (step + 1) // 12):
                 _split_weights(builder, source, to, row)
+                if tiles == 1:
+                    for at in (0, 64):
+                        ahead = _pointer(builder, source, _AHEAD + 128 * row + at)
+                        _call(builder, "prefetch.p0", ahead, _I32(0), _I32(3), _I32(1))
 
     @njit(nogil=True, error_model="numpy")
     def with_split(x: int, next_x: int, blocks: int, split: int, biases: int, y: int, y_stride: int) -> None:

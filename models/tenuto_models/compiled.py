@@ -28,13 +28,11 @@ from tenuto_models.dnc.kernels import Sizes
 from tenuto_models.errors import ConfigError
 from tenuto_models.frameconv import FrameconvCore
 from tenuto_models.jit import Kernel, digest, jit
-from tenuto_models.matmul import LANES, linear, pack, padded, scratch_size
+from tenuto_models.matmul import BLOCK, LANES, linear, pack, padded, scratch_size
 from tenuto_models.policy import Policy
 from tenuto_models.sampling import uniform
 
 Array = NDArray[Any]
-BLOCK = 96
-"""Rows that go through all layers together: what they need stays in the cache, and tiles of 6 and 12 fit."""
 GAP = 16
 """Floats between rows: rows a power of two apart would fight for few places of the cache."""
 _MIN_ROWS_OF_A_THREAD = 32
@@ -413,7 +411,12 @@ class CompiledStep:
             layers.add(core.gates)
             layers.add(core.access.interface)
             layers.add(core.output)
-            widths = (padded(4 * dnc.hidden) + GAP, dnc.features, 2 * padded(dnc.interface), (4 * dnc.heads + 2) * dnc.cells)
+            widths = (
+                padded(4 * dnc.hidden) + GAP,
+                dnc.features,
+                2 * padded(dnc.interface),
+                (4 * dnc.heads + 2) * dnc.cells,
+            )
         elif isinstance(core, FrameconvCore):
             dnc, widths = Sizes(0, 0, 0, 0), ()
             layers.add(core.conv)
@@ -427,8 +430,9 @@ class CompiledStep:
         layers.add_all(policy.critic)
 
         state_size = sum(spec.num_elements for spec in core.state_spec)
-        own = () if not dnc.hidden else (core_layer, core_layer + 1)
-        width = max(padded(o) for layer, (_, o, _) in enumerate(layers.shapes) if layer not in own) + GAP
+        # The DNC's first two layers write elsewhere.
+        elsewhere = {core_layer, core_layer + 1} if isinstance(core, DNCCore) else set[int]()
+        width = max(padded(o) for i, (_, o, _) in enumerate(layers.shapes) if i not in elsewhere) + GAP
         core_inputs = layers.shapes[core_layer][0]
         regions = np.cumsum([3 * width, core_inputs, state_size, state_size, sum(widths)]) * BLOCK
         inputs_at, before, after, rest, product = (int(end) for end in regions)

@@ -6,6 +6,7 @@ from tenuto_models import amx, vectors
 from tenuto_models.jit import digest
 
 KIND = amx if amx.is_allowed() else vectors
-LANES, linear, pack, padded, scratch_size = KIND.LANES, KIND.linear, KIND.pack, KIND.padded, KIND.scratch_size
+BLOCK, LANES = KIND.BLOCK, KIND.LANES
+linear, pack, padded, scratch_size = KIND.linear, KIND.pack, KIND.padded, KIND.scratch_size
 DIGEST = KIND.__name__ + digest(KIND)
 """For kernels kept on disk: where the unit may not be used, what uses it is not found there."""

@@ -1,4 +1,5 @@
-"""Matrix products for compiled steps: ``y = act(x Wᵀ + b)`` of float32, as fast for one row as its weights can be read.
+"""Matrix products on a CPU's vector registers: ``y = act(x Wᵀ + b)`` of float32, as fast for one row as its weights
+can be read.
 
 Weights are packed once, column panel by column panel, so that the innermost loop reads them in order. That loop is
 written in LLVM's own terms: a tile of rows times a panel of columns stays in vector registers while it runs over K.
@@ -39,6 +40,8 @@ def _vector_registers() -> tuple[int, int, bool]:
 
 LANES, _NUM_REGISTERS, _FUSED = _vector_registers()
 """Floats in a vector."""
+BLOCK = 96
+"""Rows that go through all layers together: what they need stays in the cache, and tiles of 6 and 12 fit."""
 _PANEL = 4 if _NUM_REGISTERS == 32 else 2
 """Vectors in a wide panel; what is left of N is cut into panels of one vector."""
 _WIDE = _PANEL * LANES
@@ -157,8 +160,8 @@ def linear(
     """``y = act(x Wᵀ + b)`` with ``act(v) = v`` above 0, else ``slope v``; slope 1 is the identity.
 
     Flat arrays: row r of x begins at ``x_at + r x_stride``, row r of y at ``y_at + r y_stride``; what lies between N
-    and Np in a row of y is overwritten. W and b stand at ``packed[at:]``, as :func:`pack` lays them out. ``scratch``: of
-    no use here.
+    and Np in a row of y is overwritten. W and b stand at ``packed[at:]``, as :func:`pack` lays them out. Uses no
+    ``scratch``.
     """
     all_outputs = (outputs + _LANES - 1) // _LANES * _LANES
     bias_at, column = at + all_outputs * inputs, y_at
