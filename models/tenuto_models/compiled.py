@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -379,8 +378,7 @@ def _step_for(*, is_dnc: bool) -> Kernel:
     return Kernel(step, "the DNC's step" if is_dnc else "the Frameconv's step")
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """What a step came to; n rows."""
 
     actions: Array
@@ -476,16 +474,17 @@ class CompiledStep:
         )  # fmt: skip
         parts = max(1, min(len(self._work), n // _MIN_ROWS_OF_A_THREAD))
         spent = np.zeros((parts, 3), np.int64)
-        bounds = [n * part // parts for part in range(parts + 1)]
 
         def run(part: int) -> None:
-            self._step(net, batch, bounds[part], bounds[part + 1], state, counters, self._work[part], spent[part])
+            first, last = n * part // parts, n * (part + 1) // parts
+            self._step(net, batch, first, last, state, counters, self._work[part], spent[part])
 
         helping = [cast(ThreadPoolExecutor, self._helpers).submit(run, part) for part in range(1, parts)]
         run(0)
         for help_ in helping:
             help_.result()
-        gathering, computing, scattering = (1e-9 * spent.max(axis=0)).tolist()
+        # Not by numpy: after a step the interpreter finds nothing in the caches, so that little code is what counts.
+        gathering, computing, scattering = (1e-9 * max(column) for column in zip(*spent.tolist(), strict=True))
         return Chosen(
             self._distribution.in_space(batch.actions), batch.values, batch.log_probs, batch.logits, batch.finite,
             (gathering, computing, scattering),
