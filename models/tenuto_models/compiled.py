@@ -32,8 +32,6 @@ from tenuto_models.policy import Policy
 from tenuto_models.sampling import uniform
 
 Array = NDArray[Any]
-GAP = 16
-"""Floats between rows: rows a power of two apart would fight for few places of the cache."""
 _MIN_ROWS_OF_A_THREAD = 32
 """Fewer are not worth waking a thread for."""
 _EPSILON = 1e-5
@@ -223,7 +221,7 @@ def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free
     before = work[net.before : net.before + rows * size].reshape((rows, size))
     after = work[net.after : net.after + rows * size].reshape((rows, size))
     place_of = net.rest
-    gates_width = (outputs + LANES - 1) // LANES * LANES + GAP
+    gates_width = (outputs + LANES - 1) // LANES * LANES
     gates = work[place_of : place_of + rows * gates_width].reshape((rows, gates_width))
     linear(work, net.core_inputs, inputs, rows, net.packed, place, inputs, outputs, work, place_of, gates_width,
            net.slopes[net.core], work[net.product :])  # fmt: skip
@@ -410,7 +408,7 @@ class CompiledStep:
             layers.add(core.access.interface)
             layers.add(core.output)
             widths = (
-                padded(4 * dnc.hidden) + GAP,
+                padded(4 * dnc.hidden),
                 dnc.features,
                 2 * padded(dnc.interface),
                 (4 * dnc.heads + 2) * dnc.cells,
@@ -430,7 +428,7 @@ class CompiledStep:
         state_size = sum(spec.num_elements for spec in core.state_spec)
         # The DNC's first two layers write elsewhere.
         elsewhere = {core_layer, core_layer + 1} if isinstance(core, DNCCore) else set[int]()
-        width = max(padded(o) for i, (_, o, _) in enumerate(layers.shapes) if i not in elsewhere) + GAP
+        width = max(padded(o) for i, (_, o, _) in enumerate(layers.shapes) if i not in elsewhere)
         core_inputs = layers.shapes[core_layer][0]
         regions = np.cumsum([3 * width, core_inputs, state_size, state_size, sum(widths)]) * BLOCK
         inputs_at, before, after, rest, product = (int(end) for end in regions)
