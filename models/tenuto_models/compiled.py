@@ -4,7 +4,7 @@ action, state back into its rows. Computes what ``Policy.step`` and the distribu
 A row is computed by itself: neither the other rows, nor their number, nor its place among them changes a bit of it.
 
 Legend: C rows of state, n rows of a batch, S floats of a row's state, O flattened observation, F features, H core
-output, K logits, A raw action width; R, W of the DNC. "Padded" is rounded up to whole vectors, see matmul.py.
+output, K logits, A raw action width; R, W of the DNC. "Padded" is rounded up to what products come in, see matmul.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -28,19 +27,17 @@ from tenuto_models.dnc.kernels import Sizes
 from tenuto_models.errors import ConfigError
 from tenuto_models.frameconv import FrameconvCore
 from tenuto_models.jit import Kernel, digest, jit
-from tenuto_models.matmul import LANES, linear, pack, padded
+from tenuto_models.matmul import BLOCK, LANES, linear, pack, padded, scratch_size
 from tenuto_models.policy import Policy
 from tenuto_models.sampling import uniform
 from tenuto_models.threads import name_thread
 
 Array = NDArray[Any]
-BLOCK = 96
-"""Rows that go through all layers together: what they need stays in the cache, and tiles of 6 and 12 fit."""
 _MIN_ROWS_OF_A_THREAD = 48
 """Fewer are not worth waking a thread for."""
 _EPSILON = 1e-5
 """Of the layer normalisation."""
-_CALLED = digest(kernels, matmul, sampling)
+_CALLED = digest(kernels, sampling) + matmul.DIGEST
 _LARGEST = float(np.finfo(np.float32).max)
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
 _MONOTONIC = 1
@@ -77,6 +74,8 @@ class Net(NamedTuple):
     """Place of the state after it."""
     rest: int
     """Place of what else the core needs."""
+    product: int
+    """Place of what a product needs, up to the scratch's end."""
     dnc: Sizes
     """Zeros for a Frameconv."""
     categories: Array
@@ -127,7 +126,7 @@ def _through(net: Net, first: int, last: int, work: Array, at: int, stride: int,
     for layer in range(first, last):
         place, inputs, outputs = to * BLOCK * net.width, net.layers[layer, 0], net.layers[layer, 1]
         linear(work, at, stride, rows, net.packed, net.layers[layer, 2], inputs, outputs, work, place, net.width,
-               net.slopes[layer])  # fmt: skip
+               net.slopes[layer], work[net.product :])  # fmt: skip
         at, stride, to, other = place, net.width, other, to
     return at, stride, to
 
@@ -182,7 +181,8 @@ def _features(net: Net, batch: Batch, first: int, rows: int, steps: Array, work:
     """Feature map, embedding and preprocessor; returns as :func:`_through`."""
     inputs, outputs, place = net.layers[0]
     flat = batch.observations.reshape(batch.observations.size)
-    linear(flat, first * inputs, inputs, rows, net.packed, place, inputs, outputs, work, 0, net.width, net.slopes[0])
+    linear(flat, first * inputs, inputs, rows, net.packed, place, inputs, outputs, work, 0, net.width, net.slopes[0],
+           work[net.product :])  # fmt: skip
     for r in range(rows):
         x = work[r * net.width : r * net.width + outputs]
         _normalise(x)
@@ -225,7 +225,7 @@ def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free
     gates_width = (outputs + LANES - 1) // LANES * LANES
     gates = work[place_of : place_of + rows * gates_width].reshape((rows, gates_width))
     linear(work, net.core_inputs, inputs, rows, net.packed, place, inputs, outputs, work, place_of, gates_width,
-           net.slopes[net.core])  # fmt: skip
+           net.slopes[net.core], work[net.product :])  # fmt: skip
     place_of += rows * gates_width
     features = work[place_of : place_of + rows * (hidden + read)].reshape((rows, hidden + read))
     features_at = place_of
@@ -235,7 +235,7 @@ def _dnc(net: Net, work: Array, at: int, stride: int, rows: int, size: int, free
     interface_width = (outputs + LANES - 1) // LANES * LANES
     interface = work[place_of : place_of + rows * interface_width].reshape((rows, interface_width))
     linear(work, features_at, hidden + read, rows, net.packed, place, inputs, outputs, work, place_of,
-           interface_width, net.slopes[net.core + 1])  # fmt: skip
+           interface_width, net.slopes[net.core + 1], work[net.product :])  # fmt: skip
     place_of += rows * interface_width
     trace_width = interface_width + (4 * sizes.heads + 2) * sizes.cells
     trace = work[place_of : place_of + rows * trace_width].reshape((rows, trace_width))
@@ -377,8 +377,7 @@ def _step_for(*, is_dnc: bool) -> Kernel:
     return Kernel(step, "the DNC's step" if is_dnc else "the Frameconv's step")
 
 
-@dataclass(eq=False, slots=True)
-class Chosen:
+class Chosen(NamedTuple):
     """What a step came to; n rows."""
 
     actions: Array
@@ -409,7 +408,12 @@ class CompiledStep:
             layers.add(core.gates)
             layers.add(core.access.interface)
             layers.add(core.output)
-            widths = (padded(4 * dnc.hidden), dnc.features, 2 * padded(dnc.interface), (4 * dnc.heads + 2) * dnc.cells)
+            widths = (
+                padded(4 * dnc.hidden),
+                dnc.features,
+                2 * padded(dnc.interface),
+                (4 * dnc.heads + 2) * dnc.cells,
+            )
         elif isinstance(core, FrameconvCore):
             dnc, widths = Sizes(0, 0, 0, 0), ()
             layers.add(core.conv)
@@ -423,9 +427,13 @@ class CompiledStep:
         layers.add_all(policy.critic)
 
         state_size = sum(spec.num_elements for spec in core.state_spec)
-        width, core_inputs = max(padded(outputs) for _, outputs, _ in layers.shapes), layers.shapes[core_layer][0]
+        # The DNC's first two layers write elsewhere.
+        elsewhere = {core_layer, core_layer + 1} if isinstance(core, DNCCore) else set[int]()
+        width = max(padded(o) for i, (_, o, _) in enumerate(layers.shapes) if i not in elsewhere)
+        core_inputs = layers.shapes[core_layer][0]
         regions = np.cumsum([3 * width, core_inputs, state_size, state_size, sum(widths)]) * BLOCK
-        inputs_at, before, after, rest, work_size = (int(end) for end in regions)
+        inputs_at, before, after, rest, product = (int(end) for end in regions)
+        work_size = product + max(scratch_size(BLOCK, inputs) for inputs, _, _ in layers.shapes)
         embedding = policy.embedding
         distribution = policy.distribution
         assert isinstance(distribution, (Categoricals, Gaussian))
@@ -435,13 +443,13 @@ class CompiledStep:
             layers.packed(), np.array(layers.shapes, np.int64), np.array(layers.slopes, np.float32),
             np.empty(0) if embedding is None else embedding.turns.double().cpu().numpy(),
             0.0 if embedding is None else float(policy.embedding_strength.detach().clamp(0, 1)),
-            core_layer, post, actor, critic, width, inputs_at, before, after, rest, dnc,
+            core_layer, post, actor, critic, width, inputs_at, before, after, rest, product, dnc,
             np.array(categories, np.int64), scale.numpy(), shift.numpy(),
         )  # fmt: skip
         self._step, self._state_size = _step_for(is_dnc=isinstance(core, DNCCore)), state_size
         self._distribution = distribution
         self._num_logits, self._num_actions = distribution.num_logits, scale.shape[0]
-        self._work = [np.empty(work_size, np.float32) for _ in range(threads)]
+        self._work = [_aligned(work_size) for _ in range(threads)]
         self._helpers = ThreadPoolExecutor(threads - 1, "compute", name_thread, ("compute",)) if threads > 1 else None
 
     def advance(
@@ -501,6 +509,13 @@ def _plain(column: Array) -> Array:
     return column if column.flags.carray else column.copy()
 
 
+def _aligned(size: int) -> NDArray[np.float32]:
+    """Return room for floats that begins with a cache line: what is read of lines by halves is read twice."""
+    room = np.empty(size + 16, np.float32)
+    skipped = -(room.ctypes.data // 4) % 16
+    return room[skipped : skipped + size]
+
+
 class _Layers:
     """Linear layers in the order in which they are used."""
 
@@ -531,4 +546,4 @@ class _Layers:
 
     def packed(self) -> NDArray[np.float32]:
         """All weights and biases."""
-        return np.concatenate(self._parts)
+        return np.concatenate(self._parts, out=_aligned(self._size))

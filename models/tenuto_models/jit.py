@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
-from numba import njit
+from llvmlite import binding
+from numba import config, njit
 
 log = logging.getLogger(__name__)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -67,3 +68,11 @@ def digest(*modules: ModuleType) -> str:
     for module in modules:
         found.update(Path(str(module.__file__)).read_bytes())
     return found.hexdigest()
+
+
+def cpu_features() -> dict[str, bool]:
+    """Return LLVM's names of what the CPU can do that is compiled for: this one, if numba is not told another."""
+    named = getattr(config, "CPU_FEATURES", None)
+    if named is None:
+        return dict(binding.get_host_cpu_features())
+    return {feature[1:]: feature[0] == "+" for feature in str(named).split(",") if feature}

@@ -2,7 +2,7 @@
 
 A call that has all the sessions that step just now is a turn of its own and goes on at once. With a few others its turn
 ends when the loop has run what was ready. Where many step, their calls are under way together, but gRPC hands them over
-one by one; so the turn waits until as many rows are here as came in the last milliseconds, for two milliseconds at most.
+one by one; so the turn waits until as many rows are here as came in the last milliseconds, for 2 ms at most.
 While the device is busy, few rows wait until it is free, which they would have to anyway.
 """
 

@@ -15,8 +15,7 @@ from gymnasium import spaces
 
 from tenuto_models import DNCConfig, FrameconvConfig, Policy, PolicyConfig
 from tenuto_models.compiled import BLOCK, Chosen, CompiledStep
-from tenuto_models.jit import Kernel
-from tenuto_models.matmul import LANES, linear, pack, padded
+from tenuto_models.jit import Kernel, cpu_features
 from tenuto_models.sampling import uniforms
 
 BOX = spaces.Box(-1, 1, (5,))
@@ -209,39 +208,29 @@ def test_draws_follow_the_normal_distribution_into_its_tails() -> None:
     np.testing.assert_allclose(chosen.log_probs, density, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 13, 100])
-@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (3, LANES), (17, 5 * LANES + 3), (40, 16 * LANES)])
-def test_a_product_is_the_product(rows: int, inputs: int, outputs: int) -> None:
-    random = np.random.default_rng(0)
-    x, weight, bias = (random.normal(size=s).astype(np.float32) for s in ((rows, inputs), (outputs, inputs), outputs))
-    y = np.full((rows + 1, padded(outputs)), 7, np.float32)
-    linear(
-        x.ravel(), 0, inputs, rows, pack(weight, bias), 0, inputs, outputs, y.ravel(), 0, padded(outputs),
-        np.float32(0.25),
-    )  # fmt: skip
-    expected = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-    np.testing.assert_allclose(
-        y[:rows, :outputs], np.where(expected > 0, expected, 0.25 * expected), rtol=1e-5, atol=1e-5
-    )
-    assert (y[rows] == 7).all()
-
-
-@pytest.mark.parametrize(("cpu", "features"), [("haswell", "+avx,+avx2,+fma"), ("x86-64", "+sse2")])
-def test_older_processors_compute_the_same(cpu: str, features: str, tmp_path: Any) -> None:
-    """Their vectors are shorter, and where they cannot multiply and add in one, rounding differs."""
+@pytest.mark.parametrize(
+    ("cpu", "features", "width"),
+    [("skylake-avx512", "+avx,+avx2,+fma,+avx512f", 16), ("haswell", "+avx,+avx2,+fma", 8), ("x86-64", "+sse2", 4)],
+)
+def test_older_processors_compute_the_same(cpu: str, features: str, width: int, tmp_path: Any) -> None:
+    """They have no tile unit, their vectors are shorter, and where they cannot multiply and add in one, rounding
+    differs.
+    """
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         pytest.skip("names processors of another kind than this machine's")
+    if "avx512f" in features and not cpu_features().get("avx512f"):
+        pytest.skip("no AVX-512 here")
     program = (
-        "import numpy as np, test_compiled as t\n"
+        "import numpy as np, test_compiled as t\nfrom tenuto_models import matmul\n"
         "play = t.Play(t.lively(t.CONFIGS['plain dnc']), 20)\n"
         "for i in range(5): chosen = play.advance(np.arange(20), i)\n"
-        "print(t.LANES, *chosen.values.tolist())"
+        "print(matmul.LANES, *chosen.values.tolist())"
     )
     environment = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     lanes, *values = done.stdout.split()
-    assert done.returncode == 0 and int(lanes) == (8 if "avx2" in features else 4), done.stderr
+    assert done.returncode == 0 and int(lanes) == width, done.stderr
     play = Play(lively(CONFIGS["plain dnc"]), 20)
     for index in range(5):
         chosen = play.advance(np.arange(20), index)
