@@ -40,11 +40,11 @@ class Ticket:
     enqueued_s: float
     deadline_s: float
     """When the rows may no longer be waiting."""
-    waiters: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    waiters: list[Callable[[], None]] = field(default_factory=lambda: [])
     """Called when the ticket is settled, well or ill: one for each request that submitted or joined it."""
     refusal: Refusal | None = None
     """Why a settled ticket was not applied."""
-    refused: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
+    refused: dict[int, Refusal] = field(default_factory=lambda: {})
     """Rows of a settled ticket that were not applied although the others were."""
     state: TicketState = TicketState.QUEUED
 
@@ -61,7 +61,7 @@ class Batch:
     """Tickets that run together."""
 
     checkpoint: Hashable
-    tickets: list[Ticket] = field(default_factory=list[Ticket])
+    tickets: list[Ticket] = field(default_factory=lambda: [])
     num_rows: int = 0
     taken_s: float = 0.0
 

@@ -30,11 +30,11 @@ class StepCall:
     """Its first row among those of its turn."""
     slots: Slots = field(init=False)
     """[n], once admitted."""
-    tickets: list[Ticket] = field(default_factory=list[Ticket])
+    tickets: list[Ticket] = field(default_factory=lambda: [])
     """What it submitted."""
-    joined: dict[int, Ticket] = field(default_factory=dict[int, Ticket])
+    joined: dict[int, Ticket] = field(default_factory=lambda: {})
     """Rows that wait for what another call submitted."""
-    failed: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
+    failed: dict[int, Refusal] = field(default_factory=lambda: {})
     """Rows that were not carried out."""
     num_pending: int = 0
     """Tickets that are not settled yet."""

@@ -60,9 +60,9 @@ class Admission:
     """[n]; the version that computes the step."""
     run: NDArray[np.int64]
     """Rows that advance now. Their sessions are busy until commit or release."""
-    joined: dict[int, Ticket] = field(default_factory=dict[int, "Ticket"])
+    joined: dict[int, Ticket] = field(default_factory=lambda: {})
     """Rows whose very step is already under way: row -> its ticket."""
-    refused: dict[int, Refusal] = field(default_factory=dict[int, Refusal])
+    refused: dict[int, Refusal] = field(default_factory=lambda: {})
     """Rows that cannot be carried out. Rows in none of the three are answered from the stored reply."""
 
 
