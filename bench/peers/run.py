@@ -38,7 +38,7 @@ from tenuto_bench.served import OBSERVATIONS, Served, ServerError, publish, serv
 from tenuto_models import checkpoint
 
 WARMUP_S, FORWARD_S = 0.5, 0.5
-ROWS_OF_THREADS = 64
+ROWS_OF_THREADS = 256
 """Batches of so many rows are computed on threads of their own, whose CPU can be told apart."""
 
 

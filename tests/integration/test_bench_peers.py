@@ -56,7 +56,7 @@ def pid_of(server: Server) -> int:
 def test_all_that_is_there_is_measured_and_what_is_not_is_told(tmp_path: Path) -> None:
     file = tmp_path / "new folder" / "figures.json"
     command = [sys.executable, "-W", "ignore", str(BENCH / "peers" / "run.py"), "--venvs", str(tmp_path / "none")]
-    flags = ["--rounds", "1", "--seconds", "0.3", "--sessions", "2", "--processes", "2", "--json", str(file)]
+    flags = ["--rounds", "1", "--seconds", "0.3", "--sessions", "256", "--processes", "2", "--json", str(file)]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     told = json.loads(file.read_text())
@@ -73,7 +73,10 @@ def test_all_that_is_there_is_measured_and_what_is_not_is_told(tmp_path: Path) -
     }
     [turn] = rows["frameconv", "tenuto, stream", 1]["turns"]
     assert turn["steps_per_s"] > 0 and turn["p50_ms"] <= turn["p99_ms"]
-    assert turn["client_us"] > 0 and turn["server_us"] > turn["own_us"] > 0
+    assert turn["client_us"] > 0 and turn["server_us"] > 0 and turn["own_us"] is None
+    # Only where threads compute can their part be told apart.
+    [turn] = rows["dnc", "tenuto, batch", 1]["turns"]
+    assert turn["server_us"] > turn["own_us"] > 0
     assert "1 of 1 turns" in done.stdout and "p99 by p50" in done.stdout
     assert {"what", "got", "wanted", "held"} <= told["goals"][0].keys() and told["machine"]["processor"]
 
