@@ -1,4 +1,5 @@
-"""Draws the pictures of docs/pictures and fills in the tables of bench/RESULTS.md from the runs kept in bench/results.
+"""Draws the pictures of docs/pictures and fills in the tables of bench/RESULTS.md and README.md from the runs kept in
+bench/results.
 
     make pictures           (python bench/pictures.py)
 
@@ -25,7 +26,8 @@ from peers.rows import Figures, Rows
 from report import Goal, Table, figure, table_of
 
 HERE = Path(__file__).parent
-RESULTS, PAGE, PICTURES = HERE / "results", HERE / "RESULTS.md", HERE.parent / "docs" / "pictures"
+RESULTS, PICTURES = HERE / "results", HERE.parent / "docs" / "pictures"
+PAGE, README = HERE / "RESULTS.md", HERE.parent / "README.md"
 GREY = "#7f8790"
 OURS, TRITON, RAY, WEBSOCKET = "#179c71", "#3f83d8", "#b05cc6", "#d4761c"
 LOOKS = {
@@ -63,6 +65,7 @@ def main() -> None:
             save(latency(rows), "latency", told["machine"])
             save(many_processes(rows), "processes", told["machine"])
             sections["peers"] = section(told, rows.table())
+            README.write_text(filled(README.read_text(), "speed", [speeds(rows).markdown()]))
         if (told := read("engine")) is not None:
             medians = {(memory, rows, who): us for memory, rows, who, us in told["rows"]}
             save(engine_bars(medians), "engine", told["machine"])
@@ -91,8 +94,20 @@ def filled(page: str, name: str, lines: Sequence[str]) -> str:
     """Replace what stands between the page's two marks of this name."""
     begin, end = f"<!-- {name}: begin, made by bench/pictures.py -->", f"<!-- {name}: end -->"
     before, found, rest = page.partition(begin)
-    assert found and end in rest, f"{PAGE}: expected the lines {begin} and {end}"
+    assert found and end in rest, f"expected the lines {begin} and {end}"
     return "\n".join([before + begin, "", *lines, "", end + rest.partition(end)[2]])
+
+
+def speeds(rows: Rows) -> Table:
+    """Return the README's table: steps/s of tenuto and its peers, the best of each line in bold."""
+    lines: list[list[str]] = []
+    for sessions, processes in sorted({(r.key.sessions, r.key.processes) for r in rows}, key=lambda k: (k[1], k[0])):
+        found = [rows.find(sessions, name, processes) for name in LOOKS]
+        steps = [row.steps_per_s if row else None for row in found]
+        best = max((s for s in steps if s is not None), default=None)
+        what = str(sessions) if processes == 1 else f"{sessions}, a process each"
+        lines.append([what, *(f"**{figure(s)}**" if s == best is not None else figure(s) for s in steps)])
+    return Table("", ["sessions", *LOOKS], lines)
 
 
 def throughput(rows: Rows) -> Figure:

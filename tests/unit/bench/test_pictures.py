@@ -52,6 +52,14 @@ def test_a_contender_that_never_ran_is_left_out() -> None:
     assert ">Triton<" not in drawn.getvalue() and ">Ray Serve<" in drawn.getvalue()
 
 
+def test_the_readmes_table_has_everybody_and_the_best_in_bold() -> None:
+    table = pictures.speeds(run_of_all())
+    assert table.headers == ["sessions", *OURS, *PEERS.values()]
+    # The later a name stands in the run, the faster it was made.
+    assert table.rows[0] == ["1", "100", "200", "300", "400", "500", "**600**"]
+    assert [line[0] for line in table.rows] == ["1", "16", "16, a process each"]
+
+
 def test_a_table_replaces_the_one_between_its_marks() -> None:
     page = "a\n<!-- peers: begin, made by bench/pictures.py -->\nold\n<!-- peers: end -->\nz\n"
     once = pictures.filled(page, "peers", ["new"])
