@@ -90,7 +90,7 @@ class OneAtATime:
 class Session:
     """One environment at one server. Its methods are programs, see effects.py.
 
-    But for the usual step over a stream, which needs none: a transport takes it from :meth:`begin`, sends it, and gives
+    But for the usual step, which needs none: a transport takes it from :meth:`begin`, sends it, and gives
     the answer to :meth:`applied`, or to the program :meth:`settle`, all of it while holding ``alone``.
     """
 

@@ -8,8 +8,8 @@ Weights stay float32 in memory, which is what few rows wait for; a block of them
 stays in the first cache for the other rows. Every element of y begins with its bias, to which the unit adds block
 after block of 32 inputs in the same order, be there one row or many.
 
-What the unit adds it rounds to nearest; numbers below 1.2e-38 are zero to it. A value that is not finite makes its
-whole row NaN.
+What the unit adds it rounds to nearest; numbers below 1.2e-38 are zero to it, parts of numbers among them: below some
+1e-32 a product is less exact than a float32's. A value that is not finite makes its whole row NaN.
 
 Legend: M rows, K inputs, N outputs; Kp and Np are these rounded up to multiples of 32. A tile is 1 KiB: 16 rows of 64
 bytes; one of bfloat16 holds in the 32 bits at [r, c] what belongs to k = c and k = c + 16 (of x) or to k = r and

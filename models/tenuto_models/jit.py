@@ -63,8 +63,8 @@ class Kernel:
 
 
 def digest(*modules: ModuleType) -> str:
-    """Return a hash of what the files of modules hold."""
-    found = hashlib.sha256()
+    """Return a hash of what the files of modules hold, and this one, which says how they are compiled."""
+    found = hashlib.sha256(Path(__file__).read_bytes())
     for module in modules:
         found.update(Path(str(module.__file__)).read_bytes())
     return found.hexdigest()

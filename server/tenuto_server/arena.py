@@ -68,7 +68,7 @@ class SlotPool:
 
 class StateArena:
     """The state of all sessions of one policy. Tensors of one dtype are packed side by side in one matrix
-    ``[C + 1, row]``, so that moving a batch's state is one gather and one scatter. Owned by the engine's thread.
+    ``[C + 1, row]``, so that moving a batch's state is one gather and one scatter. Owned by the engine.
 
     Raises CapacityError where the device has no memory for it.
     """

@@ -220,10 +220,10 @@ class Batcher(Generic[R]):
         self._dispatch()
 
     def leave(self, ticket: Ticket, waiter: Callable[[], None]) -> None:
-        """One waiter gave up. When it was the last and the ticket still waits, the ticket is dropped; a running one
-        is not stopped: its step is applied and its reply stored.
+        """One waiter gave up, perhaps again. When it was the last and the ticket still waits, the ticket is dropped; a
+        running one is not stopped: its step is applied and its reply stored.
         """
-        if ticket.state is TicketState.DONE:
+        if ticket.state is TicketState.DONE or waiter not in ticket.waiters:
             return
         ticket.waiters.remove(waiter)
         if not ticket.waiters and ticket.state is TicketState.QUEUED:

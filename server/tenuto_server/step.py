@@ -67,7 +67,9 @@ class Step(Protocol):
     """Numbers of rows that it has code of its own for, ascending; the first batch of such a size may be slow."""
 
     def expected_s(self, num_rows: int) -> float:
-        """Seconds for which a batch of so many rows would keep its thread busy; infinity where it would wait."""
+        """Seconds for which a batch of so many rows would keep its thread busy, on average; infinity where that is not
+        known, and where it would wait.
+        """
         ...
 
     def advance(self, rows: StepRows) -> StepResults:

@@ -35,7 +35,9 @@ from tenuto_server.turn import StepColumns, Turn
 log = logging.getLogger(__name__)
 _FAILURES_LOGGED_EVERY_S = 10.0
 _BRIEF_S = 250e-6
-"""For as long a batch may hold the event loop up: handing it to the engine's thread and back takes half of that."""
+"""For as long a batch may hold the event loop up, on average: to hand it to the engine's thread and back takes half of
+that.
+"""
 
 
 @dataclass(eq=False, slots=True)
@@ -188,6 +190,9 @@ class Stepper:
     def _start(self, batch: Batch, done: Callable[[StepResults | None, BaseException | None], None]) -> None:
         checkpoint = cast("ServedVersion", batch.checkpoint)
         brief = checkpoint.step.expected_s(batch.num_rows) <= _BRIEF_S
+        if brief:
+            # It commits before this returns: replies that are still to be written would be those of a later step.
+            self._answer_ready()
         self._engine.submit(lambda: self._engine.run(checkpoint, _rows_of(batch)), done, brief=brief)
         for ticket in batch.tickets:
             self._metrics.station["submit"].observe(batch.taken_s - ticket.enqueued_s)
@@ -295,7 +300,7 @@ def _parts(calls: Sequence[StepCall], admission: Admission) -> Iterable[tuple[St
 
 
 def _rows_of(batch: Batch) -> StepRows:
-    """Put the rows of a batch's tickets together, in order. Called on the engine's thread."""
+    """Put the rows of a batch's tickets together, in order."""
     turns: dict[int, tuple[StepRows, list[int]]] = {}
     for ticket in batch.tickets:
         part = cast("TicketRows", ticket.rows)

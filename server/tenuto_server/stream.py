@@ -74,10 +74,15 @@ class StepStream:
             while (request := await self._context.read()) is not _EOF:
                 number = self._num_read
                 self._num_read += 1
-                call = self._begin(request, partial(self._answer, number, request.request_id))
-                if not call.is_over:
-                    self._calls[number] = call
-                elif self._answers:
+                answer = partial(self._answer, number, request.request_id)
+                try:
+                    call = self._begin(request, answer)
+                except Exception as error:  # noqa: BLE001 (whatever it was, the client must hear of it)
+                    answer(error)
+                else:
+                    if not call.is_over:
+                        self._calls[number] = call
+                if self._answers:
                     # Its answer leaves before the next request is asked for.
                     await asyncio.sleep(0)
                 while self._num_read - self._num_written >= MAX_STREAM_REQUESTS:

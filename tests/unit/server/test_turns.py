@@ -20,6 +20,7 @@ from tenuto_server.batcher import BatchQueue
 from tenuto_server.calls import StepCall
 from tenuto_server.engine import Engine
 from tenuto_server.errors import Refusal
+from tenuto_server.host_step import HostStep
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
@@ -35,10 +36,15 @@ class HandEngine(Engine):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), (4, 8, 16, 32, 64))
+        self.runs_brief = False
+        """Whether brief jobs are over at once, as they are in the real one."""
         self.jobs: list[tuple[Callable[[], Any], Callable[[Any, Any], None]]] = []
 
     def submit(self, job: Callable[[], Any], done: Callable[[Any, Any], None], *, brief: bool = False) -> None:
-        self.jobs.append((job, done))
+        if brief and self.runs_brief:
+            done(job(), None)
+        else:
+            self.jobs.append((job, done))
 
     def finish(self) -> None:
         job, done = self.jobs.pop(0)
@@ -302,6 +308,43 @@ async def test_a_call_that_has_all_the_sessions_that_step_goes_on_at_once() -> N
     assert not desk.engine.jobs, "others step, too"
     await turn()
     assert len(desk.engine.jobs) == 1
+
+
+async def test_a_brief_step_behind_another_of_its_session_does_not_take_the_others_reply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def desk_after_one_step() -> tuple[Desk, StepCall]:
+        desk = Desk()
+        desk.open(1)
+        return desk, desk.step(1, outputs=pb.Outputs(value=True))
+
+    alone, expected = desk_after_one_step()
+    await turn()
+    alone.engine.finish()
+    desk, first = desk_after_one_step()
+    await turn()
+    # It has arrived, and waits until the device is free; then it is over as soon as it is admitted.
+    second = desk.step(1, index=1, outputs=pb.Outputs(value=True))
+    monkeypatch.setattr(HostStep, "expected_s", lambda *_: 0.0)
+    desk.engine.runs_brief = True
+    desk.engine.finish()
+    assert desk.applied(first, second) and desk.batches == 2
+    assert desk.answers[first].value == alone.answers[expected].value != desk.answers[second].value
+    assert (desk.answers[first].step_index, desk.answers[second].step_index) == (0, 1)
+
+
+async def test_a_caller_may_leave_after_its_wait_for_anothers_step_has_ended() -> None:
+    desk = Desk()
+    desk.open(1, 2)
+    running = desk.step(1)
+    await turn()
+    both = desk.batch([1, 2])
+    desk.intake.end_turn()
+    desk.stepper._stop_joining(both)
+    desk.stepper.leave(both)
+    desk.engine.finish()
+    assert desk.applied(running) and not desk.policies["a"].sessions.busy[:2].any()
+    assert both not in desk.answers and desk.stepper.batcher.idle
 
 
 async def test_a_lone_session_never_waits_for_company() -> None:
