@@ -126,6 +126,25 @@ def test_a_batch_gives_each_row_what_a_lone_session_gets(server: ServerProcess, 
             assert values[i] == pytest.approx(lone.value, abs=1e-6)
 
 
+def test_a_step_sent_right_behind_a_batch_does_not_change_the_batchs_answer(server: ServerProcess) -> None:
+    many, twin = [WireSession(server, seed=i) for i in range(200)], WireSession(server, seed=0)
+    observed = observations(len(many))
+    for _ in range(8):
+        whole = batch(many, observed, request_id=1)
+        behind = batch(many[:1], observed[:1], request_id=2, step_indices=[many[0].index + 1])
+        answers = {answer.request_id: answer for answer in server.stub.StepStream(iter([whole, behind]))}
+        assert not answers[1].errors
+        assert array_from_wire(answers[1].values)[0] == pytest.approx(twin.step(observed[0]).value, abs=1e-6)
+        for session in many:
+            session.index += 1
+        # It may have come too early, and is then refused.
+        if not answers[2].errors:
+            assert array_from_wire(answers[2].values)[0] == pytest.approx(twin.step(observed[0]).value, abs=1e-6)
+            many[0].index += 1
+    for session in (*many, twin):
+        server.stub.CloseSession(pb.CloseSessionRequest(session_id=session.id))
+
+
 def test_one_bad_row_never_fails_the_others(server: ServerProcess) -> None:
     good, closed, nan, gap, outside, last = (WireSession(server) for _ in range(6))
     server.stub.CloseSession(pb.CloseSessionRequest(session_id=closed.id))
