@@ -55,11 +55,22 @@ def main(loops_of: Callable[[Order], Sequence[Loop]]) -> None:
 
 
 async def _run(order: Order, loops_of: Callable[[Order], Sequence[Loop]]) -> None:
-    loops, errors, latencies = loops_of(order), Counter[str](), list[float]()
-    for loop in loops:
-        await loop.connect()
-    print("ready", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
+    loops = loops_of(order)
+    try:
+        for loop in loops:
+            await loop.connect()
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        print(json.dumps(asdict(await _measure(order, loops))), flush=True)
+        # The sessions stay until nobody listens any more.
+        await asyncio.to_thread(sys.stdin.readline)
+    finally:
+        # Also where not all could be opened: the server would keep the others for minutes.
+        await asyncio.gather(*(loop.close() for loop in loops), return_exceptions=True)
+
+
+async def _measure(order: Order, loops: Sequence[Loop]) -> Share:
+    errors, latencies = Counter[str](), list[float]()
 
     async def drive(loop: Loop, end_s: float) -> int:
         calls = 0
@@ -83,11 +94,7 @@ async def _run(order: Order, loops_of: Callable[[Order], Sequence[Loop]]) -> Non
     steps = await drive_all(order.seconds)
     took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
     recordings = [recording for loop in loops for recording in loop.recordings]
-    share = Share(steps, took_s, [1e3 * s for s in latencies], cpu_s, dict(errors), recordings)
-    print(json.dumps(asdict(share)), flush=True)
-    # The sessions stay until nobody listens any more.
-    await asyncio.to_thread(sys.stdin.readline)
-    await asyncio.gather(*(loop.close() for loop in loops))
+    return Share(steps, took_s, [1e3 * s for s in latencies], cpu_s, dict(errors), recordings)
 
 
 def observations(space: Any) -> list[Any]:

@@ -123,10 +123,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=_positive, default=256, metavar="N", help="per call in mode batch (default: 256)"
     )
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each case (default: 5)")
-    parser.add_argument("--warmup", type=float, default=1.0, help="seconds before it (default: 1)")
+    parser.add_argument("--seconds", type=_seconds, default=5.0, help="of each case (default: 5)")
+    parser.add_argument("--warmup", type=_seconds, default=1.0, help="seconds before it (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    if flags.address is None and (flags.metrics or flags.repository):
+        parser.error("--metrics and --repository are of the server at --address, which is missing")
+    if flags.json and not flags.json.absolute().parent.is_dir():
+        parser.error(f"--json: got {flags.json}, whose folder does not exist")
+    if flags.repository and not flags.repository.is_dir():
+        parser.error(f"--repository: got {flags.repository}, which is no folder")
+    return flags
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected more than 0")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from serving import ServerProcess, publish, small_policy, wait_until
+from tenuto_proto.v1 import policy_pb2 as pb
 
 
 def bench(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -48,11 +49,24 @@ def test_answers_of_other_weights_are_found(server: ServerProcess, tmp_path: Pat
     assert done.returncode == 1 and "answered wrongly" in done.stderr and figures["wrong"] > 0
 
 
+def test_sessions_are_closed_where_not_all_could_be_opened(tmp_path: Path) -> None:
+    publish(tmp_path / "repository", small_policy(), "dnc")
+    with ServerProcess(tmp_path / "repository", "--capacity", "8") as server:
+        done = bench("--address", server.address, "--policy", "dnc", "--mode", "stream", "--sessions", "9")
+        assert done.returncode != 0 and "expected at most 8" in done.stderr
+        assert not server.stub.ListSessions(pb.ListSessionsRequest()).sessions
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         (("--address", "127.0.0.1:1", "--policy", "dnc"), "ServerUnavailableError"),
         (("--sessions", "0"), "expected at least 1"),
+        (("--seconds", "0"), "expected more than 0"),
+        (("--warmup", "nan"), "expected more than 0"),
+        (("--metrics", "127.0.0.1:1"), "--address, which is missing"),
+        (("--json", "/no/such/folder/figures.json"), "does not exist"),
+        (("--address", "127.0.0.1:1", "--repository", "/no/such/folder"), "is no folder"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_line(flags: tuple[str, ...], expected: str) -> None:
