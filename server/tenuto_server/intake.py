@@ -2,7 +2,7 @@
 
 A call that has all the sessions that step just now is a turn of its own and goes on at once. With a few others its turn
 ends when the loop has run what was ready. Where many step, their calls are under way together, but gRPC hands them over
-one by one; so the turn waits until as many rows are here as came in the last milliseconds, for 2 ms at most.
+one by one; so the turn waits until as many rows are here as came in the last milliseconds, for 3 ms at most.
 While the device is busy, few rows wait until it is free, which they would have to anyway.
 """
 
@@ -30,7 +30,7 @@ _ACTIVE_S = 50e-3
 """Seconds after a step in which its session counts as one that steps."""
 _MANY_SESSIONS = 4
 """Fewer that step are not waited for: the loop has time for each of them."""
-_COMPANY_S = 2e-3
+_COMPANY_S = 3e-3
 """Seconds that a turn waits for company at most."""
 _RECENT_S = 3e-3
 """Company is as many rows as came in these last seconds: where none did, none is waited for."""
