@@ -90,8 +90,8 @@ class OneAtATime:
 class Session:
     """One environment at one server. Its methods are programs, see effects.py.
 
-    But for the usual step, which needs none: a transport takes it from :meth:`begin`, sends it, and gives
-    the answer to :meth:`applied`, or to the program :meth:`settle`, all of it while holding ``alone``.
+    But for the usual step, which needs none: a transport takes it from :meth:`begin`, sends it while it holds
+    ``alone``, and says that it was :meth:`applied`, or gives the answer to the program :meth:`settle`.
     """
 
     def __init__(self, options: PolicyOptions) -> None:
@@ -223,12 +223,8 @@ class Session:
     def _apply(self, step: Step, deadline: Deadline) -> Program[StepResult]:
         # Pending before it is sent: whatever interrupts this program, the index is not used for anything else.
         self._pending, self._begins_next = step, False
-        request = step.request()
         try:
-            answer: pb.StepResponse | StepResult = yield from attempt(
-                lambda timeout_s: Call("Step", request, timeout_s, step.session_id, step.form.server_epoch, step),
-                deadline,
-            )
+            answer: pb.StepResponse | StepResult = yield from attempt(step.call, deadline)
         except TenutoError as error:
             if not error.outcome_unknown:
                 self._pending, self._begins_next = None, step.begins

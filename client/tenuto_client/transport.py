@@ -120,7 +120,9 @@ class Transport:
     def _make(self, calls: Sequence[Call]) -> list[Any]:
         if len(calls) == 1 and (self._stream is None or calls[0].method != "StepBatch"):
             [call] = calls
-            return [self._blocking(call) if call.step is None else self._stepped(call.step, call.timeout_s)]
+            if self._stream is None or call.step is None:
+                return [self._blocking(call)]
+            return [self._stepped(call.step, call.timeout_s)]
         try:
             started = [self._start(call) for call in calls]
         except ValueError as error:

@@ -76,6 +76,7 @@ def pack(weight: Array, bias: Array) -> NDArray[np.float32]:
 def scratch_size(rows: int, inputs: int) -> int:
     """Return how many floats of scratch :func:`linear` needs."""
     blocks = -(-inputs // 32)
+    # To the next cache line; the end of a row; x split, and W split, a panel of it at least two blocks long.
     return (64 + 128 + (2 + -(-rows // 16)) * blocks * _SPLIT + 2 * _SPLIT) // 4
 
 
@@ -309,6 +310,7 @@ def linear(
             left, to = min(32, rows - row), y.ctypes.data + 4 * (y_at + row * y_stride + column)
             start, b = split_x + row // 16 * tile_rows, biases + 4 * column
             if left != configured:
+                # Rows of tiles 0 to 3, and of 4 to 7, the first of each in the lowest byte.
                 if left > 16:
                     _configure(0x1010 + (left - 16) * 0x01010000, 0x10101010 - ((32 - left) << 8))
                 else:

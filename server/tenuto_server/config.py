@@ -33,7 +33,7 @@ class ServerConfig:
     max_batch: int = 256
     """Rows in one forward pass, and in one StepBatch request."""
     max_wait_ms: float = 0.0
-    """Milliseconds that a step waits for company although the device is free; 0: 3 at most, where many sessions do."""
+    """Milliseconds that a step waits for company although the device is free; 0: at most 3, where many step."""
     max_queued: int = 16384
     """Rows that may wait for the device before steps are refused with QUEUE_FULL."""
     queue_timeout_s: float = 10.0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -122,9 +125,14 @@ def test_the_largest_floats_stay_finite_where_float32s_do(kind: ModuleType) -> N
     np.testing.assert_allclose(product(kind, x, weight, np.zeros(2, np.float32)), x, rtol=3e-7)
 
 
-def test_the_unit_is_used_where_it_may_be_and_kept_code_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert matmul.KIND is (amx if amx.is_allowed() else vectors)
-    assert matmul.DIGEST.startswith(matmul.KIND.__name__)
+def test_a_generic_processor_gets_vectors_and_kept_code_is_told_apart() -> None:
+    program = "from tenuto_models import matmul; print(matmul.KIND.__name__, matmul.LANES, matmul.DIGEST)"
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    kind, lanes, digest = done.stdout.split()
+    assert (kind, lanes) == (vectors.__name__, "4")
+    assert digest.startswith(kind) and matmul.DIGEST.startswith(matmul.KIND.__name__)
+    assert digest == matmul.DIGEST or matmul.KIND is amx
 
 
 @pytest.mark.skipif(not amx.is_allowed(), reason="no AMX here, or no leave to use it")
