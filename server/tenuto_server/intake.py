@@ -54,7 +54,7 @@ class Intake:
         self._num_rows = 0
         """Of the calls that have arrived."""
         self._num_expected = 0
-        """Rows that the turn would have if all active sessions were here."""
+        """Rows that the turn waits for."""
         self._is_ending = False
         """Whether the turn ends as soon as the loop has run what is ready."""
         self._timer: asyncio.TimerHandle | None = None
