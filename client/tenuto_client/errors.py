@@ -10,7 +10,9 @@ TenutoError
 │       ├── SessionUnknownError     never opened here, or forgotten
 │       │   └── SessionLostError    … because the server restarted
 │       ├── SessionClosedError
-│       └── SessionExpiredError     no step came within the idle timeout
+│       ├── SessionExpiredError     no step came within the idle timeout
+│       ├── ReplayMismatchError     the restarted server chose other actions than before
+│       └── SessionExportedError    it goes on at another server, to which it was exported
 ├── StepError
 │   ├── StepIndexError          the server expects another step (``.expected``): somebody else steps this session
 │   ├── StepInFlightError       another step of the session is under way
@@ -21,7 +23,11 @@ TenutoError
 ├── MessageTooLargeError        over the server's limit
 ├── ServerUnavailableError      nobody answers at the address
 │   └── DrainingError           the server is shutting down
+├── AuthenticationError         the server does not know these credentials, or wants some
+├── PermissionDeniedError       it takes the role of an admin
+├── SnapshotError               an exported session that the server cannot go on with; see ``.reason``
 ├── OverloadedError             too many steps wait for the device
+│   └── QuotaExceededError          the caller has as many sessions, or steps just now, as it may
 ├── CapacityError               all slots are leased
 ├── DeadlineError               no answer in time
 │   └── QueueTimeoutError       the step waited too long for the device
@@ -109,6 +115,14 @@ class SessionExpiredError(SessionGoneError):
     """No step came within the server's idle timeout."""
 
 
+class ReplayMismatchError(SessionGoneError):
+    """The server went on from an older state of the session, and what it has computed since is not what it had."""
+
+
+class SessionExportedError(SessionGoneError):
+    """The session was exported; it goes on at the server that imported it."""
+
+
 class StepError(TenutoError):
     """The step was refused; the session is where it was."""
 
@@ -171,6 +185,22 @@ class OverloadedError(TenutoError):
     """Too many steps wait for the server's device."""
 
 
+class QuotaExceededError(OverloadedError):
+    """The caller has as many sessions, or has sent as many steps just now, as it may: ``metadata["quota"]``."""
+
+
+class AuthenticationError(TenutoError):
+    """Credentials are missing, or nobody's."""
+
+
+class PermissionDeniedError(TenutoError):
+    """The caller may not do this: it takes the role of an admin."""
+
+
+class SnapshotError(TenutoError):
+    """An exported session that the server cannot go on with: SNAPSHOT_INVALID or SNAPSHOT_MISMATCH."""
+
+
 class CapacityError(TenutoError):
     """All slots of the server are leased."""
 
@@ -221,6 +251,12 @@ _BY_REASON: dict[int, type[TenutoError]] = {
     pb.QUEUE_TIMEOUT: QueueTimeoutError,
     pb.DRAINING: DrainingError,
     pb.COMPUTE_FAILED: ComputeError,
+    pb.UNAUTHENTICATED: AuthenticationError,
+    pb.PERMISSION_DENIED: PermissionDeniedError,
+    pb.QUOTA_EXCEEDED: QuotaExceededError,
+    pb.SESSION_EXPORTED: SessionExportedError,
+    pb.SNAPSHOT_INVALID: SnapshotError,
+    pb.SNAPSHOT_MISMATCH: SnapshotError,
 }
 # A status without a reason comes from gRPC itself or from a proxy.
 _BY_CODE: dict[grpc.StatusCode, type[TenutoError]] = {

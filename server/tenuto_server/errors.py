@@ -31,6 +31,11 @@ _CODES: dict[int, grpc.StatusCode] = {
     pb.QUEUE_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     pb.DRAINING: grpc.StatusCode.UNAVAILABLE,
     pb.COMPUTE_FAILED: grpc.StatusCode.INTERNAL,
+    pb.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    pb.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
+    pb.QUOTA_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    pb.SESSION_EXPORTED: grpc.StatusCode.FAILED_PRECONDITION,
+    pb.SNAPSHOT_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
 }
 """Reasons that are not here are faults of the request: INVALID_ARGUMENT."""
 

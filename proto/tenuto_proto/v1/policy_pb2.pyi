@@ -49,6 +49,12 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     QUEUE_TIMEOUT: _ClassVar[ErrorReason]
     DRAINING: _ClassVar[ErrorReason]
     COMPUTE_FAILED: _ClassVar[ErrorReason]
+    UNAUTHENTICATED: _ClassVar[ErrorReason]
+    PERMISSION_DENIED: _ClassVar[ErrorReason]
+    QUOTA_EXCEEDED: _ClassVar[ErrorReason]
+    SESSION_EXPORTED: _ClassVar[ErrorReason]
+    SNAPSHOT_INVALID: _ClassVar[ErrorReason]
+    SNAPSHOT_MISMATCH: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_BOOL: DataType
 DATA_TYPE_INT8: DataType
@@ -86,6 +92,12 @@ QUEUE_FULL: ErrorReason
 QUEUE_TIMEOUT: ErrorReason
 DRAINING: ErrorReason
 COMPUTE_FAILED: ErrorReason
+UNAUTHENTICATED: ErrorReason
+PERMISSION_DENIED: ErrorReason
+QUOTA_EXCEEDED: ErrorReason
+SESSION_EXPORTED: ErrorReason
+SNAPSHOT_INVALID: ErrorReason
+SNAPSHOT_MISMATCH: ErrorReason
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")
@@ -267,18 +279,20 @@ class OpenSessionRequest(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., policy_name: _Optional[str] = ..., version: _Optional[int] = ..., seed: _Optional[int] = ..., deterministic: bool = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session_id", "policy_name", "version", "seed", "server_epoch")
+    __slots__ = ("session_id", "policy_name", "version", "seed", "server_epoch", "durable")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     SERVER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     policy_name: str
     version: int
     seed: int
     server_epoch: int
-    def __init__(self, session_id: _Optional[int] = ..., policy_name: _Optional[str] = ..., version: _Optional[int] = ..., seed: _Optional[int] = ..., server_epoch: _Optional[int] = ...) -> None: ...
+    durable: bool
+    def __init__(self, session_id: _Optional[int] = ..., policy_name: _Optional[str] = ..., version: _Optional[int] = ..., seed: _Optional[int] = ..., server_epoch: _Optional[int] = ..., durable: bool = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("session_id", "reward")
@@ -328,8 +342,38 @@ class InspectSessionResponse(_message.Message):
     state: _containers.RepeatedCompositeFieldContainer[NamedTensor]
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., state: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
 
+class ExportSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    def __init__(self, session_id: _Optional[int] = ...) -> None: ...
+
+class ExportSessionResponse(_message.Message):
+    __slots__ = ("snapshot",)
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    snapshot: SealedSnapshot
+    def __init__(self, snapshot: _Optional[_Union[SealedSnapshot, _Mapping]] = ...) -> None: ...
+
+class ImportSessionRequest(_message.Message):
+    __slots__ = ("snapshot",)
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    snapshot: SealedSnapshot
+    def __init__(self, snapshot: _Optional[_Union[SealedSnapshot, _Mapping]] = ...) -> None: ...
+
+class ImportSessionResponse(_message.Message):
+    __slots__ = ("session_id", "next_step_index", "server_epoch", "durable")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
+    SERVER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    session_id: int
+    next_step_index: int
+    server_epoch: int
+    durable: bool
+    def __init__(self, session_id: _Optional[int] = ..., next_step_index: _Optional[int] = ..., server_epoch: _Optional[int] = ..., durable: bool = ...) -> None: ...
+
 class Session(_message.Message):
-    __slots__ = ("session_id", "policy_name", "version", "next_step_index", "num_episodes", "episode_return", "idle_s", "deterministic", "seed")
+    __slots__ = ("session_id", "policy_name", "version", "next_step_index", "num_episodes", "episode_return", "idle_s", "deterministic", "seed", "principal", "durable_step", "exported")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +383,9 @@ class Session(_message.Message):
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    PRINCIPAL_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
+    EXPORTED_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     policy_name: str
     version: int
@@ -348,7 +395,54 @@ class Session(_message.Message):
     idle_s: float
     deterministic: bool
     seed: int
-    def __init__(self, session_id: _Optional[int] = ..., policy_name: _Optional[str] = ..., version: _Optional[int] = ..., next_step_index: _Optional[int] = ..., num_episodes: _Optional[int] = ..., episode_return: _Optional[float] = ..., idle_s: _Optional[float] = ..., deterministic: bool = ..., seed: _Optional[int] = ...) -> None: ...
+    principal: str
+    durable_step: int
+    exported: bool
+    def __init__(self, session_id: _Optional[int] = ..., policy_name: _Optional[str] = ..., version: _Optional[int] = ..., next_step_index: _Optional[int] = ..., num_episodes: _Optional[int] = ..., episode_return: _Optional[float] = ..., idle_s: _Optional[float] = ..., deterministic: bool = ..., seed: _Optional[int] = ..., principal: _Optional[str] = ..., durable_step: _Optional[int] = ..., exported: bool = ...) -> None: ...
+
+class SealedSnapshot(_message.Message):
+    __slots__ = ("snapshot", "sha256")
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    snapshot: bytes
+    sha256: bytes
+    def __init__(self, snapshot: _Optional[bytes] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class SessionSnapshot(_message.Message):
+    __slots__ = ("format_version", "session_id", "policy_name", "principal", "pinned_version", "seed", "deterministic", "version", "weights_sha256", "state_fingerprint", "next_step_index", "num_episodes", "episode_return", "has_reward", "state", "reply")
+    FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
+    PRINCIPAL_FIELD_NUMBER: _ClassVar[int]
+    PINNED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    STATE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
+    NUM_EPISODES_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_RETURN_FIELD_NUMBER: _ClassVar[int]
+    HAS_REWARD_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    format_version: int
+    session_id: int
+    policy_name: str
+    principal: str
+    pinned_version: int
+    seed: int
+    deterministic: bool
+    version: int
+    weights_sha256: str
+    state_fingerprint: str
+    next_step_index: int
+    num_episodes: int
+    episode_return: float
+    has_reward: bool
+    state: _containers.RepeatedCompositeFieldContainer[Tensor]
+    reply: StepResponse
+    def __init__(self, format_version: _Optional[int] = ..., session_id: _Optional[int] = ..., policy_name: _Optional[str] = ..., principal: _Optional[str] = ..., pinned_version: _Optional[int] = ..., seed: _Optional[int] = ..., deterministic: bool = ..., version: _Optional[int] = ..., weights_sha256: _Optional[str] = ..., state_fingerprint: _Optional[str] = ..., next_step_index: _Optional[int] = ..., num_episodes: _Optional[int] = ..., episode_return: _Optional[float] = ..., has_reward: bool = ..., state: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., reply: _Optional[_Union[StepResponse, _Mapping]] = ...) -> None: ...
 
 class Outputs(_message.Message):
     __slots__ = ("value", "log_prob", "logits")
@@ -361,23 +455,25 @@ class Outputs(_message.Message):
     def __init__(self, value: bool = ..., log_prob: bool = ..., logits: bool = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("session_id", "step_index", "episode_start", "observation", "reward", "outputs")
+    __slots__ = ("session_id", "step_index", "episode_start", "observation", "reward", "outputs", "replayed_version")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
     EPISODE_START_FIELD_NUMBER: _ClassVar[int]
     OBSERVATION_FIELD_NUMBER: _ClassVar[int]
     REWARD_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_VERSION_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     step_index: int
     episode_start: bool
     observation: _containers.RepeatedCompositeFieldContainer[NamedTensor]
     reward: float
     outputs: Outputs
-    def __init__(self, session_id: _Optional[int] = ..., step_index: _Optional[int] = ..., episode_start: bool = ..., observation: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., reward: _Optional[float] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ...) -> None: ...
+    replayed_version: int
+    def __init__(self, session_id: _Optional[int] = ..., step_index: _Optional[int] = ..., episode_start: bool = ..., observation: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., reward: _Optional[float] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., replayed_version: _Optional[int] = ...) -> None: ...
 
 class StepResponse(_message.Message):
-    __slots__ = ("step_index", "version", "action", "value", "log_prob", "logits", "timings")
+    __slots__ = ("step_index", "version", "action", "value", "log_prob", "logits", "timings", "durable_step")
     STEP_INDEX_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ACTION_FIELD_NUMBER: _ClassVar[int]
@@ -385,6 +481,7 @@ class StepResponse(_message.Message):
     LOG_PROB_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
     step_index: int
     version: int
     action: Tensor
@@ -392,10 +489,11 @@ class StepResponse(_message.Message):
     log_prob: float
     logits: Tensor
     timings: Timings
-    def __init__(self, step_index: _Optional[int] = ..., version: _Optional[int] = ..., action: _Optional[_Union[Tensor, _Mapping]] = ..., value: _Optional[float] = ..., log_prob: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    durable_step: int
+    def __init__(self, step_index: _Optional[int] = ..., version: _Optional[int] = ..., action: _Optional[_Union[Tensor, _Mapping]] = ..., value: _Optional[float] = ..., log_prob: _Optional[float] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., durable_step: _Optional[int] = ...) -> None: ...
 
 class StepBatchRequest(_message.Message):
-    __slots__ = ("session_ids", "step_indices", "episode_starts", "observations", "rewards", "outputs", "request_id", "queue_timeout_ms")
+    __slots__ = ("session_ids", "step_indices", "episode_starts", "observations", "rewards", "outputs", "request_id", "queue_timeout_ms", "replayed_versions")
     SESSION_IDS_FIELD_NUMBER: _ClassVar[int]
     STEP_INDICES_FIELD_NUMBER: _ClassVar[int]
     EPISODE_STARTS_FIELD_NUMBER: _ClassVar[int]
@@ -404,6 +502,7 @@ class StepBatchRequest(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUEUE_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     session_ids: _containers.RepeatedScalarFieldContainer[int]
     step_indices: _containers.RepeatedScalarFieldContainer[int]
     episode_starts: _containers.RepeatedScalarFieldContainer[bool]
@@ -412,10 +511,11 @@ class StepBatchRequest(_message.Message):
     outputs: Outputs
     request_id: int
     queue_timeout_ms: int
-    def __init__(self, session_ids: _Optional[_Iterable[int]] = ..., step_indices: _Optional[_Iterable[int]] = ..., episode_starts: _Optional[_Iterable[bool]] = ..., observations: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., rewards: _Optional[_Iterable[float]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., request_id: _Optional[int] = ..., queue_timeout_ms: _Optional[int] = ...) -> None: ...
+    replayed_versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session_ids: _Optional[_Iterable[int]] = ..., step_indices: _Optional[_Iterable[int]] = ..., episode_starts: _Optional[_Iterable[bool]] = ..., observations: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ..., rewards: _Optional[_Iterable[float]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., request_id: _Optional[int] = ..., queue_timeout_ms: _Optional[int] = ..., replayed_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepBatchResponse(_message.Message):
-    __slots__ = ("request_id", "versions", "actions", "values", "log_probs", "logits", "errors", "timings", "error")
+    __slots__ = ("request_id", "versions", "actions", "values", "log_probs", "logits", "errors", "timings", "error", "durable_steps")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     ACTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -425,6 +525,7 @@ class StepBatchResponse(_message.Message):
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEPS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     versions: _containers.RepeatedScalarFieldContainer[int]
     actions: Tensor
@@ -434,7 +535,8 @@ class StepBatchResponse(_message.Message):
     errors: _containers.RepeatedCompositeFieldContainer[RowError]
     timings: Timings
     error: Error
-    def __init__(self, request_id: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., actions: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Union[Tensor, _Mapping]] = ..., log_probs: _Optional[_Union[Tensor, _Mapping]] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    durable_steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., actions: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Union[Tensor, _Mapping]] = ..., log_probs: _Optional[_Union[Tensor, _Mapping]] = ..., logits: _Optional[_Union[Tensor, _Mapping]] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., durable_steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RowError(_message.Message):
     __slots__ = ("row", "error")
@@ -445,7 +547,7 @@ class RowError(_message.Message):
     def __init__(self, row: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("code", "reason", "message", "metadata")
+    __slots__ = ("code", "reason", "message", "metadata", "retry_after_ms")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -457,11 +559,13 @@ class Error(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     code: int
     reason: ErrorReason
     message: str
     metadata: _containers.ScalarMap[str, str]
-    def __init__(self, code: _Optional[int] = ..., reason: _Optional[_Union[ErrorReason, str]] = ..., message: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    retry_after_ms: int
+    def __init__(self, code: _Optional[int] = ..., reason: _Optional[_Union[ErrorReason, str]] = ..., message: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_us", "compute_us", "batch_size")

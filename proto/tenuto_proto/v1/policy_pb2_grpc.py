@@ -74,6 +74,16 @@ class PolicyServiceStub(object):
                 request_serializer=tenuto__proto_dot_v1_dot_policy__pb2.InspectSessionRequest.SerializeToString,
                 response_deserializer=tenuto__proto_dot_v1_dot_policy__pb2.InspectSessionResponse.FromString,
                 _registered_method=True)
+        self.ExportSession = channel.unary_unary(
+                '/tenuto.v1.PolicyService/ExportSession',
+                request_serializer=tenuto__proto_dot_v1_dot_policy__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=tenuto__proto_dot_v1_dot_policy__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.unary_unary(
+                '/tenuto.v1.PolicyService/ImportSession',
+                request_serializer=tenuto__proto_dot_v1_dot_policy__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=tenuto__proto_dot_v1_dot_policy__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer(object):
@@ -89,7 +99,7 @@ class PolicyServiceServicer(object):
 
     def OpenSession(self, request, context):
         """Leases a slot for a session. Codes: NOT_FOUND (POLICY_UNKNOWN, VERSION_UNKNOWN), ALREADY_EXISTS (SESSION_EXISTS),
-        RESOURCE_EXHAUSTED (CAPACITY_REACHED), UNAVAILABLE (DRAINING).
+        RESOURCE_EXHAUSTED (CAPACITY_REACHED, QUOTA_EXCEEDED), UNAVAILABLE (DRAINING).
         Safe to retry where the client brings the session_id: opening the same session again before its first step
         returns the first reply, but for the version, which is always what an episode begun now would use.
         """
@@ -99,10 +109,10 @@ class PolicyServiceServicer(object):
 
     def Step(self, request, context):
         """Advances one session by one step. Safe to retry (law 1).
-        Codes: INVALID_ARGUMENT (OBSERVATION_*), NOT_FOUND (SESSION_UNKNOWN), FAILED_PRECONDITION (SESSION_CLOSED,
-        SESSION_EXPIRED), ABORTED (STEP_INDEX_MISMATCH, STEP_IN_FLIGHT), RESOURCE_EXHAUSTED (QUEUE_FULL; also a message
-        over the size limit, then without ErrorInfo), DEADLINE_EXCEEDED (QUEUE_TIMEOUT), UNAVAILABLE (DRAINING),
-        INTERNAL (COMPUTE_FAILED).
+        Codes: INVALID_ARGUMENT (OBSERVATION_*), NOT_FOUND (SESSION_UNKNOWN; VERSION_UNKNOWN of a step that is sent again),
+        FAILED_PRECONDITION (SESSION_CLOSED, SESSION_EXPIRED, SESSION_EXPORTED), ABORTED (STEP_INDEX_MISMATCH,
+        STEP_IN_FLIGHT), RESOURCE_EXHAUSTED (QUEUE_FULL, QUOTA_EXCEEDED; also a message over the size limit, then without
+        ErrorInfo), DEADLINE_EXCEEDED (QUEUE_TIMEOUT), UNAVAILABLE (DRAINING), INTERNAL (COMPUTE_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,7 +146,7 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists open sessions in ascending order of session_id. Safe to retry.
+        """Lists the caller's open sessions, an admin's list is of all, in ascending order of session_id. Safe to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +155,24 @@ class PolicyServiceServicer(object):
     def InspectSession(self, request, context):
         """Returns one session with its recurrent state as named tensors, as of its last finished step.
         Codes: as CloseSession. Safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSession(self, request, context):
+        """Stops a session and returns it as a snapshot, for ImportSession at another server; a step under way is answered
+        first. Its further steps are refused with SESSION_EXPORTED until it is imported here again; CloseSession ends it.
+        Codes: as CloseSession. Safe to retry: the snapshot is the same, but for its stamp of the time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request, context):
+        """Goes on with a session that another server, or this one, has exported. It is then the caller's. Codes:
+        INVALID_ARGUMENT (SNAPSHOT_INVALID), FAILED_PRECONDITION (SNAPSHOT_MISMATCH), ALREADY_EXISTS (SESSION_EXISTS), and
+        as OpenSession. Safe to retry before the session's next step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,6 +220,16 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.InspectSession,
                     request_deserializer=tenuto__proto_dot_v1_dot_policy__pb2.InspectSessionRequest.FromString,
                     response_serializer=tenuto__proto_dot_v1_dot_policy__pb2.InspectSessionResponse.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=tenuto__proto_dot_v1_dot_policy__pb2.ExportSessionRequest.FromString,
+                    response_serializer=tenuto__proto_dot_v1_dot_policy__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=tenuto__proto_dot_v1_dot_policy__pb2.ImportSessionRequest.FromString,
+                    response_serializer=tenuto__proto_dot_v1_dot_policy__pb2.ImportSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -410,6 +448,60 @@ class PolicyService(object):
             '/tenuto.v1.PolicyService/InspectSession',
             tenuto__proto_dot_v1_dot_policy__pb2.InspectSessionRequest.SerializeToString,
             tenuto__proto_dot_v1_dot_policy__pb2.InspectSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tenuto.v1.PolicyService/ExportSession',
+            tenuto__proto_dot_v1_dot_policy__pb2.ExportSessionRequest.SerializeToString,
+            tenuto__proto_dot_v1_dot_policy__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tenuto.v1.PolicyService/ImportSession',
+            tenuto__proto_dot_v1_dot_policy__pb2.ImportSessionRequest.SerializeToString,
+            tenuto__proto_dot_v1_dot_policy__pb2.ImportSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
