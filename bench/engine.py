@@ -93,7 +93,7 @@ def engine_step(memory: str, rows: int) -> Step:
     """Step one batch of sessions in the middle of their episodes."""
     config = ServerConfig(repository=Path("unused"), max_batch=rows)
     engine = Engine(torch.device("cpu"), config.buckets)
-    checkpoint = Checkpoint(memory, 1, policy_of(memory), TrainingProgress(), 0.0)
+    checkpoint = Checkpoint(memory, 1, policy_of(memory), TrainingProgress(), 0.0, "")
     served = ServedPolicy(checkpoint, engine, rows, server_epoch=1)
     version = served.prepare(checkpoint, engine)
     slots = np.array([version.pool.lease() for _ in range(rows)], np.int64)

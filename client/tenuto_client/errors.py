@@ -257,6 +257,7 @@ _BY_REASON: dict[int, type[TenutoError]] = {
     pb.SESSION_EXPORTED: SessionExportedError,
     pb.SNAPSHOT_INVALID: SnapshotError,
     pb.SNAPSHOT_MISMATCH: SnapshotError,
+    pb.STORE_UNAVAILABLE: ServerUnavailableError,
 }
 # A status without a reason comes from gRPC itself or from a proxy.
 _BY_CODE: dict[grpc.StatusCode, type[TenutoError]] = {

@@ -50,6 +50,8 @@ class Checkpoint:
     policy: Policy
     training: TrainingProgress
     created_unix_s: float
+    weights_sha256: str
+    """In hexadecimal."""
 
 
 def write(
@@ -133,7 +135,9 @@ def read(folder: Path) -> Checkpoint:
     if manifest["state_spec"] != spec or manifest["state_fingerprint"] != policy.state_fingerprint:
         raise CheckpointError(f"{folder}: state_spec: got {manifest['state_spec']}, expected {spec} for this config")
     policy.load_state_dict(weights)
-    return Checkpoint(manifest["policy_name"], manifest["version"], policy, training, manifest["created_unix_s"])
+    return Checkpoint(
+        manifest["policy_name"], manifest["version"], policy, training, manifest["created_unix_s"], digest
+    )
 
 
 def versions(folder: Path) -> list[int]:

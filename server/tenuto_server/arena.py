@@ -5,7 +5,7 @@ Legend: C capacity, B rows of a batch. Slot C is the spare row: it takes the pad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,21 @@ class StateArena:
         for dtype, matrix in self.matrices.items():
             parts = [state[t.name].flatten(1) for t in self.spec if t.dtype == dtype]
             matrix.index_copy_(0, target, torch.cat(parts, dim=1))
+
+    @property
+    def row_layout(self) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Dtype and shape of each part of a row of :meth:`read_rows`."""
+        return [(np.dtype(str(d).removeprefix("torch.")), (m.shape[1],)) for d, m in self.matrices.items()]
+
+    def read_rows(self, slots: Slots) -> list[NDArray[Any]]:
+        """Copy the state of some slots to the host: by dtype, in the order of the matrices, ``[slots, row]``."""
+        index = torch.from_numpy(slots).to(self.device)
+        return [matrix.index_select(0, index).cpu().numpy() for matrix in self.matrices.values()]
+
+    def write_row(self, slot: int, row: Sequence[NDArray[Any]]) -> None:
+        """Set the state of a slot from the host: by dtype, as a row of :meth:`read_rows`."""
+        for matrix, values in zip(self.matrices.values(), row, strict=True):
+            matrix[slot] = torch.from_numpy(values).to(self.device)
 
     def read(self, slot: int) -> dict[str, NDArray[Any]]:
         """Copy one session's state to the host: name -> ``[*shape]``."""

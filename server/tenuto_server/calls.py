@@ -42,6 +42,8 @@ class StepCall:
     """What these tickets call; there is none before the call is admitted."""
     timer: asyncio.TimerHandle | None = None
     """Ends the wait for what others submitted."""
+    is_complete: bool = False
+    """Whether its sessions were looked for in the store; they are not a second time."""
     is_over: bool = False
     """Whether it was answered, or its caller left."""
 

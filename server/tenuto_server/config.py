@@ -40,6 +40,10 @@ class ServerConfig:
     """Seconds that a step may wait for the device at most, whatever its own deadline."""
     stall_timeout_s: float = 10.0
     """Seconds after which a batch or an event loop that does not come to an end makes the server not ready."""
+    durability: str = ""
+    """Where sessions outlive this process: sqlite:PATH, or for several servers redis://HOST:PORT/DB; empty: nowhere."""
+    snapshot_interval_s: float = 0.25
+    """Seconds between two writes of what has changed, with --durability."""
     idle_timeout_s: float = 300.0
     """Seconds without a step after which a session expires."""
     drain_timeout_s: float = 30.0
@@ -61,7 +65,7 @@ class ServerConfig:
         for name in ("capacity", "max_batch", "max_queued"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("compute_threads", self.compute_threads >= 0, "at least 0")
-        for name in ("queue_timeout_s", "stall_timeout_s", "idle_timeout_s", "poll_s"):
+        for name in ("snapshot_interval_s", "queue_timeout_s", "stall_timeout_s", "idle_timeout_s", "poll_s"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("max_wait_ms", "drain_timeout_s"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "at least 0")

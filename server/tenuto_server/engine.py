@@ -33,6 +33,7 @@ class ServedVersion:
     policy_name: str
     version: int
     training: TrainingProgress
+    weights_sha256: str
     observation_size: int
     """O, floats of a flattened observation."""
     step: Step

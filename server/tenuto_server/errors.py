@@ -3,6 +3,8 @@
 ServerError
 ├── ConfigurationError  a setting that the server cannot run with; ends the process before it serves
 ├── CapacityError       memory for the sessions of a policy is not to be had
+├── StoreError          the store of snapshots does not answer, or cannot write; it is tried again
+├── SnapshotError       a snapshot that no session can go on from
 └── Refusal             a request, or one row of it, that the server will not carry out; its text leaves the server
 
 Anything else that escapes is a fault of ours: it is logged with its traceback and leaves as INTERNAL without details.
@@ -36,6 +38,7 @@ _CODES: dict[int, grpc.StatusCode] = {
     pb.QUOTA_EXCEEDED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     pb.SESSION_EXPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     pb.SNAPSHOT_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
+    pb.STORE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
 }
 """Reasons that are not here are faults of the request: INVALID_ARGUMENT."""
 
@@ -59,6 +62,19 @@ class ConfigurationError(ServerError):
 
 class CapacityError(ServerError):
     """The state of as many sessions as were asked for does not fit into memory."""
+
+
+class StoreError(ServerError):
+    """The store of snapshots does not answer, or cannot write."""
+
+
+class SnapshotError(ServerError):
+    """A snapshot that no session can go on from. Its text leaves the server."""
+
+    def __init__(self, message: str, *, mismatch: bool = False) -> None:
+        super().__init__(message)
+        self.reason = pb.SNAPSHOT_MISMATCH if mismatch else pb.SNAPSHOT_INVALID
+        """Sound, but of something that this server does not have; or not a snapshot."""
 
 
 class Refusal(ServerError):
@@ -87,8 +103,8 @@ class Refusal(ServerError):
         return pb.Error(code=self.code.value[0], reason=self.reason_name, message=str(self), metadata=self.metadata)
 
 
-def as_refusal(error: Refusal | WireError) -> Refusal:
-    """Turn an error of the contract into one of the server's."""
+def as_refusal(error: Refusal | WireError | SnapshotError) -> Refusal:
+    """Turn what may leave the server into a refusal."""
     return error if isinstance(error, Refusal) else Refusal(error.reason, str(error))
 
 

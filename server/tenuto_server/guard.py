@@ -15,7 +15,7 @@ from tenuto_proto import WireError
 from tenuto_proto.errors import STATUS_DETAILS_KEY, encode_status
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
-from tenuto_server.errors import Refusal, as_refusal
+from tenuto_server.errors import Refusal, SnapshotError, as_refusal
 from tenuto_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def _guarded(rpc: str, inner: Method, metrics: Metrics) -> Method:
         except asyncio.CancelledError:
             metrics.count_request(rpc, "CANCELLED")
             raise
-        except (Refusal, WireError) as error:
+        except (Refusal, WireError, SnapshotError) as error:
             refusal = as_refusal(error)
             metrics.count_request(rpc, refusal.code.name)
             metrics.refusals.labels(refusal.reason_name).inc(refusal.num_rows)

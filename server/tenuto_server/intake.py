@@ -9,7 +9,7 @@ While the device is busy, few rows wait until it is free, which they would have 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from tenuto_proto import WireError
@@ -60,7 +60,9 @@ class Intake:
         self._timer: asyncio.TimerHandle | None = None
         """Ends the turn that waits for company."""
         self._apart: set[asyncio.Task[None]] = set()
-        """Turns that are checked on a thread."""
+        """Turns that are checked on a thread, and calls whose sessions are looked for."""
+        self.fetch: Callable[[Sequence[int]], Awaitable[None]] | None = None
+        """Brings sessions here that are in a store which other servers use too."""
         stepper.when_free = self._end_or_wait
 
     def take(self, call: StepCall) -> None:
@@ -94,6 +96,9 @@ class Intake:
             if call.is_over:
                 continue
             try:
+                if self.fetch is not None and (missing := self._missing(call)):
+                    self._do_apart(self._take_when_here(call, missing, self.fetch))
+                    continue
                 self._sort(call, turns)
             except (Refusal, WireError) as error:
                 call.finish(as_refusal(error))
@@ -103,9 +108,34 @@ class Intake:
             if turn.num_floats <= _MAX_INLINE_FLOATS:
                 self._advance(turn, began_s)
             else:
-                apart = asyncio.create_task(self._advance_apart(turn, began_s))
-                self._apart.add(apart)
-                apart.add_done_callback(self._apart.discard)
+                self._do_apart(self._advance_apart(turn, began_s))
+
+    def _do_apart(self, work: Coroutine[Any, Any, None]) -> None:
+        apart = asyncio.create_task(work)
+        self._apart.add(apart)
+        apart.add_done_callback(self._apart.discard)
+
+    def _missing(self, call: StepCall) -> list[int]:
+        """Sessions of a call that are not here, or not as far as their client."""
+        if call.is_complete:
+            return []
+        request = call.request
+        if isinstance(request, pb.StepRequest):
+            rows = [(request.session_id, request.step_index)]
+        else:
+            rows = list(zip(request.session_ids, request.step_indices, strict=False))
+        return [i for i, index in rows if not self._registry.has_reached(i, index)]
+
+    async def _take_when_here(
+        self, call: StepCall, missing: list[int], fetch: Callable[[Sequence[int]], Awaitable[None]]
+    ) -> None:
+        call.is_complete = True
+        try:
+            await fetch(missing)
+        except Exception as error:  # noqa: BLE001 (whatever it was, the caller must hear of it)
+            call.finish(error)
+        else:
+            self.take(call)
 
     def _end_or_wait(self) -> None:
         """The device is free: end the turn before it takes the next batch, unless company is expected."""
@@ -181,6 +211,7 @@ class Intake:
             ("step_indices", request.step_indices, True),
             ("episode_starts", request.episode_starts, False),
             ("rewards", request.rewards, False),
+            ("replayed_versions", request.replayed_versions, False),
         )
         for name, column, needed in columns:
             if len(column) != n and (needed or len(column) > 0):

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -22,21 +23,26 @@ from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
 from tenuto_server.batcher import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
+from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine, choose_device
 from tenuto_server.errors import ConfigurationError
 from tenuto_server.guard import guarded
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import READY, Metrics, MetricsServer
-from tenuto_server.policies import PolicyRegistry
+from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.reload import Reloader
 from tenuto_server.service import PolicyService
+from tenuto_server.sessions import Door
 from tenuto_server.stepper import Stepper
+from tenuto_server.store import open_store
 
 log = logging.getLogger("tenuto")
 SERVICE = pb.DESCRIPTOR.services_by_name["PolicyService"].full_name
 _SWEEP_S = 0.25
 _DRAIN_LOOK_S = 0.05
 _STOP_GRACE_S = 2.0
+_STORE_MARGIN_S = 60.0
+"""For which a shared store keeps a session longer than it may be idle here and then at another server."""
 
 
 class Server:
@@ -56,7 +62,9 @@ class Server:
         queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued)
         self.metrics.queued_rows.set_function(lambda: queue.num_rows)
         self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)
-        self.reloader = Reloader(self.registry, self.engine, self.metrics, config, epoch)
+        self.reloader = Reloader(self.registry, self.engine, self.metrics, config, epoch, time.monotonic)
+        snapshotter = Snapshotter(self.registry, self.engine, self.reloader, time.monotonic)
+        self.durability = self._make_durability(snapshotter)
         limits = pb.Limits(
             max_batch_rows=config.max_batch,
             max_message_bytes=config.max_message_bytes,
@@ -65,11 +73,45 @@ class Server:
         )
         self.intake = Intake(self.registry, self.stepper, self.metrics, time.monotonic, config.max_batch, epoch)
         self.service = PolicyService(
-            self.registry, self.stepper, self.intake, self.engine, self.metrics, limits, epoch, time.monotonic
-        )
+            self.registry, self.stepper, self.intake, self.engine, self.metrics, limits, epoch, time.monotonic,
+            snapshotter, self.durability,
+        )  # fmt: skip
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._is_stalled, self._swept_s = False, time.monotonic()
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._wanted: dict[tuple[str, int], asyncio.Task[bool]] = {}
+        """Versions that are looked for."""
+        if self.durability is not None:
+            self._use(self.durability)
+
+    def _make_durability(self, snapshotter: Snapshotter) -> Durability | None:
+        """Raises ConfigurationError where the store cannot be opened."""
+        config = self.config
+        if not config.durability:
+            return None
+        # After a crash a session is idle anew.
+        store = open_store(config.durability, 2 * config.idle_timeout_s + _STORE_MARGIN_S)
+        thread = ThreadPoolExecutor(1, "store")
+        return Durability(
+            store, snapshotter, self.registry, self.metrics, time.monotonic, config.snapshot_interval_s,
+            lambda work: asyncio.get_running_loop().run_in_executor(thread, work),
+        )  # fmt: skip
+
+    def _use(self, durability: Durability) -> None:
+        """Have steps and versions looked for in the store, and the replies say what it holds."""
+        self.stepper.is_durable = True
+        self.stepper.want_version = self._want_version
+        if durability.is_shared:
+            self.intake.fetch = durability.fetch
+        else:
+            self.reloader.on_first_scan = durability.restore_all
+
+    def _want_version(self, policy: ServedPolicy, version: int) -> None:
+        if (policy.name, version) not in self._wanted:
+            self._wanted[policy.name, version] = wanting = asyncio.create_task(
+                self.reloader.require(policy.name, version)
+            )
+            wanting.add_done_callback(lambda _: self._wanted.pop((policy.name, version)))
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain. Raises ConfigurationError where a port is taken."""
@@ -80,13 +122,18 @@ class Server:
         watching = asyncio.create_task(self.reloader.watch(self.config.poll_s, self._stop))
         sweeping = asyncio.create_task(self._sweep())
         stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait({watching, sweeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        failed = next((t for t in (watching, sweeping) if t.done() and t.exception() is not None), None)
+        working = {watching, sweeping}
+        if self.durability is not None:
+            working.add(asyncio.create_task(self.durability.run(self._stop)))
+        await asyncio.wait({stopping, *working}, return_when=asyncio.FIRST_COMPLETED)
+        failed = next((t for t in working if t.done() and t.exception() is not None), None)
         await self._drain()
         self.intake.end_turn()
         self.stepper.batcher.close()
         await server.stop(_STOP_GRACE_S)
         sweeping.cancel()
+        if self.durability is not None:
+            self.durability.close()
         self.engine.close()
         self.metrics_server.close()
         if failed is not None:
@@ -160,7 +207,7 @@ class Server:
             for policy in self.registry:
                 for slot in policy.sessions.idle_slots(now_s, self.config.idle_timeout_s):
                     self.service.end_session(policy, slot, pb.SESSION_EXPIRED)
-                for version in policy.drop_unused_versions():
+                for version in policy.drop_unused_versions(now_s):
                     log.info("dropped version %d of policy %s: no session needs it", version, policy.name)
                 sessions = dict.fromkeys(policy.versions, 0) | policy.sessions.by_version()
                 self.metrics.observe_sessions(policy.name, policy.sessions.by_state(), sessions)
@@ -183,10 +230,15 @@ class Server:
             await self.health.set(name, status)
 
     async def _drain(self) -> None:
-        """Refuse new sessions and episodes, and wait for the open ones until the timeout or a second signal."""
-        self.stepper.draining = True
+        """Refuse new sessions and episodes, and wait for the open ones until the timeout or a second signal. Where
+        sessions outlive the process refuse every step, and save them.
+        """
+        self.stepper.door = Door.NO_EPISODES if self.durability is None else Door.SHUT
         await self._set_health(serving=False)
         deadline_s = time.monotonic() + self.config.drain_timeout_s
+        if self.durability is not None:
+            await self._save_all(self.durability, deadline_s)
+            return
         begun = self._num_sessions()
         log.info("draining: %d sessions have begun, at most %g s", begun, self.config.drain_timeout_s)
         while self._num_sessions() and time.monotonic() < deadline_s and not self._hurry.is_set():
@@ -194,6 +246,18 @@ class Server:
                 await asyncio.wait_for(self._hurry.wait(), _DRAIN_LOOK_S)
         if left := self._num_sessions():
             log.warning("%d sessions were still open at the end of the drain", left)
+
+    async def _save_all(self, durability: Durability, deadline_s: float) -> None:
+        """Answer the steps that run, then write every session, until the deadline or a second signal."""
+        log.info("draining: %d sessions are saved, at most %g s", self._num_sessions(), self.config.drain_timeout_s)
+        self.intake.end_turn()
+        while not (self.stepper.batcher.idle and await durability.flush()):
+            if time.monotonic() >= deadline_s or self._hurry.is_set():
+                left = sum(policy.sessions.num_changed() for policy in self.registry)
+                log.error("%d sessions were not saved as they are at the end of the drain", left)
+                return
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), _DRAIN_LOOK_S)
 
     def _num_sessions(self) -> int:
         """Sessions that may have an episode running: those that have taken a step."""

@@ -154,6 +154,27 @@ class Metrics:
             ["policy", "reason"], registry=r,
         )  # fmt: skip
 
+        # Durability.
+        self.snapshots = Counter("tenuto_snapshots", "Sessions written to the store.", ["policy"], registry=r)
+        self.snapshot_seconds = Histogram(
+            "tenuto_snapshot_seconds", "Time in which all that had changed was written.", _SECONDS, r
+        )
+        self.snapshot_failures = Counter(
+            "tenuto_snapshot_failures", "Groups of sessions that the store did not take; they are tried again.",
+            registry=r,
+        )  # fmt: skip
+        self.unsaved_seconds = Gauge(
+            "tenuto_unsaved_seconds", "Time since the store held all that there was; 0 without durability.", registry=r
+        )
+        self.sessions_restored = Counter(
+            "tenuto_sessions_restored", "Sessions taken from the store.", ["policy"], registry=r
+        )
+        self.snapshots_refused = Counter(
+            "tenuto_snapshots_refused", "Snapshots that no session could go on from.", ["reason"], registry=r
+        )
+        for reason in ("snapshot_invalid", "snapshot_mismatch", "capacity_reached", "session_exists"):
+            self.snapshots_refused.labels(reason)
+
         # Memory.
         self.arena_bytes = Gauge("tenuto_arena_bytes", "Device memory of sessions' state.", ["policy"], registry=r)
         self.device_memory = Gauge(
@@ -183,6 +204,8 @@ class Metrics:
         for reason in ("closed", "expired"):
             self.sessions_ended.labels(policy, reason)
         self.sessions_opened.labels(policy)
+        self.sessions_restored.labels(policy)
+        self.snapshots.labels(policy)
         self.count_steps(policy, 0)
         self.failed_steps.labels(policy)
 

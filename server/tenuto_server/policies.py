@@ -45,6 +45,7 @@ class ServedPolicy:
         except MemoryError as error:
             raise CapacityError(f"capacity: got {capacity}, for which the host has too little memory") from error
         self.versions: dict[int, ServedVersion] = {}
+        self._held_until_s: dict[int, float] = {}
         self.is_batch_invariant = False
         """Whether the self-test found that a session's results do not depend on who shares its batches."""
 
@@ -65,8 +66,8 @@ class ServedPolicy:
                 raise MismatchError(f"{what}: got {got}, expected {expected}, as in the versions being served")
         step = engine.make_step(policy, self.arena)
         return ServedVersion(
-            self.name, checkpoint.version, checkpoint.training, policy.observation_size, step, self.arena,
-            self.sessions.pool,
+            self.name, checkpoint.version, checkpoint.training, checkpoint.weights_sha256, policy.observation_size,
+            step, self.arena, self.sessions.pool,
         )  # fmt: skip
 
     def find_version(self, version: int) -> ServedVersion:
@@ -82,9 +83,15 @@ class ServedPolicy:
             )
         return found
 
-    def drop_unused_versions(self) -> list[int]:
+    def hold(self, version: int, until_s: float) -> None:
+        """Keep a version at least until then, whoever needs it."""
+        self._held_until_s[version] = until_s
+
+    def drop_unused_versions(self, now_s: float) -> list[int]:
         """Forget the versions that are not the newest and that no session needs; returns their numbers."""
-        unused = self.versions.keys() - self.sessions.versions_in_use() - {self.newest.version}
+        self._held_until_s = {v: until_s for v, until_s in self._held_until_s.items() if until_s > now_s}
+        needed = self.sessions.versions_in_use() | self._held_until_s.keys() | {self.newest.version}
+        unused = self.versions.keys() - needed
         for version in unused:
             del self.versions[version]
         return sorted(unused)
@@ -155,6 +162,13 @@ class PolicyRegistry:
             message = f"policy: got {name!r}, expected one of {sorted(self._policies)}"
             raise Refusal(pb.POLICY_UNKNOWN, message, metadata)
         return found
+
+    def has_reached(self, session_id: int, step_index: int) -> bool:
+        """Whether a session is here, or was, and its next step is this one or a later one."""
+        policy = self.of_session(session_id)
+        if policy is None or session_id not in policy.sessions:
+            return policy is not None
+        return int(policy.sessions.next_index[policy.sessions.slot_of(session_id)]) >= step_index
 
     def of_session(self, session_id: int) -> ServedPolicy | None:
         """Return the policy that the session belongs, or belonged, to."""

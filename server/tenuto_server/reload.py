@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,21 @@ class Reloader:
     """Owned by the event loop."""
 
     def __init__(
-        self, registry: PolicyRegistry, engine: Engine, metrics: Metrics, config: ServerConfig, epoch: int
+        self,
+        registry: PolicyRegistry,
+        engine: Engine,
+        metrics: Metrics,
+        config: ServerConfig,
+        epoch: int,
+        clock: Callable[[], float],
     ) -> None:
         self._registry, self._engine, self._metrics, self._config = registry, engine, metrics, config
-        self._repository, self._epoch = config.repository, epoch
+        self._repository, self._epoch, self._clock = config.repository, epoch, clock
+        self.on_first_scan: Callable[[], Awaitable[None]] | None = None
+        """Awaited when what was in the repository at the start is served, and before the server is ready."""
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
+        self._one_at_a_time = asyncio.Lock()
         self._unreadable: set[str] = set()
         """Policies whose folder could not be read at the last look."""
         self._too_large: dict[str, int] = {}
@@ -47,6 +57,8 @@ class Reloader:
     async def watch(self, poll_s: float, stop: asyncio.Event) -> None:
         """Scan now, at every change of the repository and every ``poll_s`` seconds, until ``stop``."""
         await self._scan_safely()
+        if self.on_first_scan is not None:
+            await self.on_first_scan()
         # What is loaded by now lives as long as the process: without this, a full collection of garbage walks through
         # all of it and makes the steps of that moment wait some 200 ms.
         gc.collect()
@@ -74,8 +86,31 @@ class Reloader:
         except Exception:
             log.exception("could not look through the repository; it is tried again")
 
+    async def require(self, policy_name: str, version: int) -> bool:
+        """Serve a version beside the newest, for sessions that began with it. Returns whether it is served.
+
+        It is kept for as long as a session may be idle, after that while a session needs it.
+        """
+        async with self._one_at_a_time:
+            policy = self._registry.get(policy_name)
+            if policy is None:
+                return False
+            policy.hold(version, self._clock() + self._config.idle_timeout_s)
+            if version in policy.versions:
+                return True
+            try:
+                present = await asyncio.to_thread(checkpoint.versions, self._repository / policy_name)
+            except OSError as error:
+                self._cannot_read(policy_name, error)
+                return False
+            return version in present and await self._load(policy_name, version)
+
     async def scan(self) -> None:
         """Load the newest sound version of every policy that is newer than the one in service."""
+        async with self._one_at_a_time:
+            await self._scan()
+
+    async def _scan(self) -> None:
         present: dict[str, list[int]] = {}
         for name in await asyncio.to_thread(checkpoint.policies, self._repository):
             policy = self._registry.get(name)
@@ -159,9 +194,10 @@ class Reloader:
             self._metrics.begin_policy(name)
             self._metrics.capacity.labels(name).set(self._config.capacity)
             self._metrics.arena_bytes.labels(name).set(policy.arena.num_bytes)
-        policy.drop_unused_versions()
-        self._metrics.newest_version.labels(name).set(version)
-        self._metrics.newest_published.labels(name).set(loaded.created_unix_s)
+        policy.drop_unused_versions(self._clock())
+        if served is policy.newest:
+            self._metrics.newest_version.labels(name).set(version)
+            self._metrics.newest_published.labels(name).set(loaded.created_unix_s)
         self._metrics.versions_loaded.labels(name).inc()
         training = loaded.training
         log.info(

@@ -22,8 +22,13 @@ _COLUMNS = {"value": "values", "log_prob": "log_probs", "logits": "logits"}
 """Of a row's outputs: what they are called in a batch."""
 
 
-def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer | Refusal]:
-    """Answer each call from the stored replies of its slots, but for its failed rows."""
+def write_replies(
+    stored: ReplyStore, calls: Sequence[StepCall], durable_index: NDArray[np.int64] | None
+) -> list[Answer | Refusal]:
+    """Answer each call from the stored replies of its slots, but for its failed rows.
+
+    ``durable_index``: by slot, the steps that outlive the process, -1 for none; None where none do.
+    """
     slots = np.concatenate([call.slots for call in calls])
     bad, first = list[int](), 0
     for call in calls:
@@ -41,6 +46,9 @@ def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer 
     versions: list[int] = column(stored.version).tolist()
     timings = [column(times) for times in (stored.queue_us, stored.compute_us, stored.batch_size)]
     actions = column(stored.action)
+    durable_steps: list[int] | None = None
+    if durable_index is not None:
+        durable_steps = np.maximum(column(durable_index), 0).tolist()
 
     answers, first = list[Answer | Refusal](), 0
     for call in calls:
@@ -51,6 +59,8 @@ def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer 
             write_array(batch.actions, actions[first:end])
             if len(call.failed) < call.num_rows:
                 _write_timings(batch.timings, timings, first, end)
+            if durable_steps is not None:
+                batch.durable_steps.extend(durable_steps[first:end])
             _add_batch_outputs(batch, request.outputs, stored, call.slots, list(call.failed))
             answers.append(batch)
         elif call.failed:
@@ -60,6 +70,8 @@ def write_replies(stored: ReplyStore, calls: Sequence[StepCall]) -> list[Answer 
             row.step_index, row.version = request.step_index, versions[first]
             write_array(row.action, actions[first])
             _write_timings(row.timings, timings, first, end)
+            if durable_steps is not None:
+                row.durable_step = durable_steps[first]
             _add_row_outputs(row, request.outputs, stored, int(call.slots[0]))
             answers.append(row)
         first = end

@@ -19,12 +19,14 @@ from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
 from tenuto_server.batcher import Ticket
 from tenuto_server.calls import Answer, StepCall
+from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine
 from tenuto_server.errors import Refusal, unknown_session
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.sessions import Ended, SessionOptions
+from tenuto_server.snapshots import unseal, write_snapshots
 from tenuto_server.stepper import Stepper
 from tenuto_server.stream import StepStream
 
@@ -42,10 +44,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         limits: pb.Limits,
         server_epoch: int,
         clock: Callable[[], float],
+        snapshotter: Snapshotter,
+        durability: Durability | None,
     ) -> None:
+        """``durability``: None where sessions end with the process."""
         self._registry, self._stepper, self._intake = registry, stepper, intake
         self._engine, self._metrics = engine, metrics
         self._limits, self._server_epoch, self._clock = limits, server_epoch, clock
+        self._snapshotter, self._durability = snapshotter, durability
 
     # ------------------------------------------------------------------ policies and sessions
 
@@ -63,6 +69,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         policy = self._registry.find(request.policy_name)
         version = policy.find_version(request.version)
         session_id = request.session_id or secrets.randbits(64) or 1
+        await self._fetch(session_id)
         owner = self._registry.of_session(session_id)
         if owner is not None and owner is not policy:
             raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: is, or was, one of policy {owner.name!r}")
@@ -71,17 +78,21 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         policy.sessions.open(session_id, SessionOptions(request.version, seed, request.deterministic), self._clock())
         if not known:
             self._metrics.sessions_opened.labels(policy.name).inc()
+            if self._durability is not None:
+                self._durability.begin(session_id)
         return pb.OpenSessionResponse(
             session_id=session_id,
             policy_name=policy.name,
             version=version.version,
             seed=seed,
             server_epoch=self._server_epoch,
+            durable=self._durability is not None,
         )
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:
         """End a session; its fate is remembered, so that a repeated close gets the same answer."""
         self._intake.end_turn()  # A step that came before is under way.
+        await self._fetch(request.session_id)
         policy = self._policy_of(request.session_id)
         sessions = policy.sessions
         ended = sessions.ended(request.session_id)
@@ -97,7 +108,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     def end_session(self, policy: ServedPolicy, slot: int, reason: int, last_reward: float = np.nan) -> Ended:
         """End a session and count why; the only place where sessions end."""
+        session_id, is_exported = int(policy.sessions.session_id[slot]), bool(policy.sessions.exported[slot])
         ended, finished = policy.sessions.end(slot, reason, last_reward)
+        if self._durability is not None and not (
+            # Another server may go on with it; a store that nobody writes to forgets it.
+            self._durability.is_shared and (is_exported or reason == pb.SESSION_EXPIRED)
+        ):
+            # With the step that may be under way.
+            self._durability.end(session_id, ended.num_steps + 1)
         self._metrics.observe_returns(policy.name, finished)
         label = pb.ErrorReason.Name(reason).removeprefix("SESSION_").lower()
         self._metrics.sessions_ended.labels(policy.name, label).inc()
@@ -116,6 +134,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def InspectSession(self, request: pb.InspectSessionRequest, context: Any) -> pb.InspectSessionResponse:
         """Read one session's state between two batches."""
+        await self._fetch(request.session_id)
         policy = self._policy_of(request.session_id)
         slot = policy.sessions.find(request.session_id)
         generation = policy.sessions.pool.generation[slot]
@@ -134,6 +153,61 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
         return await self._engine.call_then(lambda: policy.arena.read(slot), describe)
 
+    async def ExportSession(self, request: pb.ExportSessionRequest, context: Any) -> pb.ExportSessionResponse:
+        """Stop a session and return it."""
+        self._intake.end_turn()  # A step that came before is under way.
+        await self._fetch(request.session_id)
+        policy = self._policy_of(request.session_id)
+        sessions = policy.sessions
+        slot = sessions.find(request.session_id)
+        generation, was_exported = sessions.pool.generation[slot], bool(sessions.exported[slot])
+        sessions.exported[slot] = True
+        try:
+            under_way: Ticket | None = sessions.ticket[slot]
+            if under_way is not None:
+                await under_way.settled()
+            if sessions.pool.generation[slot] != generation:
+                sessions.find(request.session_id)  # Raises what became of it.
+            group = await self._snapshotter.take(policy, np.array([slot]))
+            if not len(group):
+                sessions.find(request.session_id)
+            [sealed] = write_snapshots(group)
+        except BaseException:
+            if sessions.pool.generation[slot] == generation:
+                sessions.exported[slot] = was_exported
+            raise
+        return pb.ExportSessionResponse(snapshot=sealed)
+
+    async def ImportSession(self, request: pb.ImportSessionRequest, context: Any) -> pb.ImportSessionResponse:
+        """Go on with a session that was exported, here or elsewhere."""
+        if self._stepper.draining:
+            raise Refusal(pb.DRAINING, "the server is shutting down and takes no session over")
+        snapshot = unseal(request.snapshot)
+        session_id = snapshot.session_id
+        await self._fetch(session_id)
+        policy = self._registry.of_session(session_id)
+        if policy is not None and session_id in policy.sessions:
+            slot = policy.sessions.slot_of(session_id)
+            if snapshot.next_step_index != policy.sessions.next_index[slot] or policy.name != snapshot.policy_name:
+                raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists, and has taken other steps")
+            policy.sessions.exported[slot] = False
+        else:
+            if policy is not None:
+                policy.sessions.revive(session_id)
+            policy, slot = await self._snapshotter.adopt(request.snapshot, "")
+            self._metrics.sessions_opened.labels(policy.name).inc()
+        return pb.ImportSessionResponse(
+            session_id=session_id,
+            next_step_index=int(policy.sessions.next_index[slot]),
+            server_epoch=self._server_epoch,
+            durable=self._durability is not None,
+        )
+
+    async def _fetch(self, session_id: int) -> None:
+        """Look for a session that is not here in a store that other servers use too. Raises Refusal."""
+        if self._durability is not None and self._durability.is_shared and not self._registry.of_session(session_id):
+            await self._durability.fetch([session_id])
+
     def _describe(self, policy: ServedPolicy, slot: int) -> pb.Session:
         s = policy.sessions
         return pb.Session(
@@ -146,6 +220,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             idle_s=max(0.0, self._clock() - float(s.last_active_s[slot])),
             deterministic=bool(s.deterministic[slot]),
             seed=int(s.seed[slot]),
+            principal=s.owner_name(slot),
+            durable_step=max(0, int(s.durable_index[slot])),
+            exported=bool(s.exported[slot]),
         )
 
     def _policy_of(self, session_id: int) -> ServedPolicy:

@@ -9,8 +9,10 @@ Legend: C capacity, n rows of a request.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
     from tenuto_server.batcher import Ticket
 
 _ONE = np.uint64(1)
+_NOTHING: Mapping[int, int] = MappingProxyType({})
+
+
+class Door(Enum):
+    """Which steps are let in."""
+
+    OPEN = "all"
+    NO_EPISODES = "those of running episodes"
+    SHUT = "none"
+
+
 MAX_REMEMBERED = 65_536
 """Ended sessions whose fate is remembered, so that a late call learns why."""
 
@@ -89,6 +102,10 @@ class SessionTable:
         self.episode_return = np.zeros(rows, np.float64)
         self.has_reward = np.zeros(rows, np.bool_)
         self.last_reward = np.full(rows, np.nan, np.float32)
+        self.durable_index = np.full(rows, -1, np.int64)
+        """Steps that the store holds; -1: it does not know the session."""
+        self.exported = np.zeros(rows, np.bool_)
+        """Stopped, since they go on elsewhere."""
         self.ticket = np.empty(rows, object)
         # The spare slot is no session's: nothing that finds it is the usual case.
         self.busy[capacity] = True
@@ -157,6 +174,7 @@ class SessionTable:
         self.next_index[slot] = self.num_episodes[slot] = 0
         self.busy[slot] = self.closing[slot] = self.has_reward[slot] = False
         self.episode_return[slot] = 0.0
+        self.durable_index[slot], self.exported[slot] = -1, False
         self.last_active_s[slot] = now_s
         return slot
 
@@ -170,6 +188,20 @@ class SessionTable:
         if slot is None:
             raise self._refuse_unknown(session_id)
         return slot
+
+    def slot_of(self, session_id: int) -> int:
+        """Return the slot of a session that is open."""
+        return self._slots[session_id]
+
+    def revive(self, session_id: int) -> None:
+        """Remember no longer how a session ended: it comes back from elsewhere."""
+        self._ended.pop(session_id, None)
+
+    def forget(self, slot: int) -> None:
+        """Drop a session that is not busy, as if it had never been here."""
+        del self._slots[int(self.session_id[slot])]
+        self.last_reward[slot] = np.nan
+        self._free(np.array([slot]))
 
     def ended(self, session_id: int) -> Ended | None:
         """What is remembered of an ended session."""
@@ -194,6 +226,19 @@ class SessionTable:
         idle = self.pool.leased & ~self.busy & (now_s - self.last_active_s > idle_timeout_s)
         return np.flatnonzero(idle).tolist()
 
+    def changed_slots(self, at_most: int) -> Slots:
+        """Slots of sessions with steps that the store does not hold yet, those with the most first."""
+        rows = self.pool.num_touched
+        changes = self.next_index[:rows].astype(np.int64) - self.durable_index[:rows]
+        changed = np.flatnonzero((changes > 0) & self.pool.leased[:rows] & ~self.closing[:rows])
+        if len(changed) <= at_most:
+            return changed
+        return changed[np.argsort(-changes[changed], kind="stable")[:at_most]]
+
+    def num_changed(self) -> int:
+        """Sessions with steps that the store does not hold yet."""
+        return len(self.changed_slots(self.pool.capacity))
+
     def versions_in_use(self) -> set[int]:
         """Versions that a running episode, a running step or a pin holds."""
         leased = self.pool.leased
@@ -209,11 +254,14 @@ class SessionTable:
         episode_starts: NDArray[np.bool_],
         refused: dict[int, Refusal],
         newest_version: int,
-        draining: bool,
+        door: Door = Door.OPEN,
+        replayed: Mapping[int, int] = _NOTHING,
+        held: Container[int] = (),
     ) -> Admission:
         """Decide about n rows: run, join, answer from the stored reply, or refuse. Rows to run become busy.
 
-        ``refused`` are rows that an earlier station turned down; they touch no session.
+        ``refused`` are rows that an earlier station turned down; they touch no session. ``replayed``: row -> the
+        version that answered it before, which must be among the ``held``.
         """
         n = len(session_ids)
         spare = self.pool.capacity
@@ -221,9 +269,11 @@ class SessionTable:
         slots = np.array([self._slots.get(i, spare) for i in ids], np.int64)
         starts = episode_starts | (step_indices == 0)
         # The usual case, decided at once: every row is the next step of another idle session.
-        usual = (step_indices == self.next_index[slots]) & ~self.busy[slots]
-        if draining:
-            usual &= ~starts
+        usual = (step_indices == self.next_index[slots]) & ~(self.busy[slots] | self.exported[slots])
+        if door is not Door.OPEN:
+            usual &= ~starts if door is Door.NO_EPISODES else False
+        if replayed:
+            refused = refused | self._misfits(replayed, slots, usual, starts, held)
         joined: dict[int, Ticket] = {}
         run = np.arange(n)
         if refused or np.count_nonzero(usual) != n or len(set(ids)) != n:
@@ -252,16 +302,41 @@ class SessionTable:
         if np.count_nonzero(starts):
             pinned = self.pinned[slots]
             versions = np.where(starts, np.where(pinned > 0, pinned, newest_version), versions)
+        for row, version in replayed.items():
+            versions[row] = version
         running = slots[run]
         self.busy[running] = True
         self.next_version[running] = versions[run]
         return Admission(slots, starts, versions, run, joined, refused)
+
+    def _misfits(
+        self,
+        replayed: Mapping[int, int],
+        slots: Slots,
+        usual: NDArray[np.bool_],
+        starts: NDArray[np.bool_],
+        held: Container[int],
+    ) -> dict[int, Refusal]:
+        """Refuse the rows whose version of before cannot compute them again."""
+        refused: dict[int, Refusal] = {}
+        for row, version in replayed.items():
+            if not usual[row]:
+                continue
+            if version not in held:
+                message = f"replayed_version: got {version}, which the server does not hold; it looks for it"
+                refused[row] = Refusal(pb.VERSION_UNKNOWN, message)
+            elif not starts[row] and version != self.version[slots[row]]:
+                message = f"replayed_version: got {version}, expected {self.version[slots[row]]}, the episode's"
+                refused[row] = Refusal(pb.VERSION_UNKNOWN, message)
+        return refused
 
     def _unusual(self, session_id: int, slot: int, step_index: int) -> Refusal | Ticket | None:
         """Decide about a row that is not simply the next step: a refusal, the ticket to join, or None for a replay."""
         if slot == self.pool.capacity:
             return self._refuse_unknown(session_id)
         expected = int(self.next_index[slot])
+        if self.exported[slot]:
+            return Refusal(pb.SESSION_EXPORTED, f"session {session_id}: was exported after {expected} steps")
         if self.busy[slot]:
             if step_index == expected:
                 return self.ticket[slot]
@@ -269,7 +344,7 @@ class SessionTable:
                 pb.STEP_IN_FLIGHT, f"session {session_id}: step {expected} is under way, got step {step_index}"
             )
         if step_index == expected:
-            return Refusal(pb.DRAINING, "the server is shutting down and begins no episode")
+            return Refusal(pb.DRAINING, "the server is shutting down")
         if step_index + 1 == expected:
             return None
         return Refusal(

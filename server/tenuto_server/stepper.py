@@ -28,7 +28,7 @@ from tenuto_server.errors import Refusal
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.replies import write_replies
-from tenuto_server.sessions import Admission
+from tenuto_server.sessions import Admission, Door
 from tenuto_server.step import StepResults, StepRows
 from tenuto_server.turn import StepColumns, Turn
 
@@ -66,11 +66,20 @@ class Stepper:
         )
         self.when_free: Callable[[], None] = lambda: None
         """Called when the device is free, before it takes the next batch."""
-        self.draining = False
+        self.door = Door.OPEN
+        self.is_durable = False
+        """Whether the replies say how many steps the store holds."""
+        self.want_version: Callable[[ServedPolicy, int], None] = lambda policy, version: None
+        """Called where a step is sent again whose version of before is not held."""
         self._ready: dict[ServedPolicy, list[StepCall]] = {}
         """Calls to answer."""
         self._log_failures_s = 0.0
         """Not before."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to end."""
+        return self.door is not Door.OPEN
 
     def advance(self, turn: Turn) -> None:
         """Advance the session of each row by one step; each call is answered when its rows are settled."""
@@ -112,8 +121,12 @@ class Stepper:
             columns.episode_starts,
             columns.refused,
             policy.newest.version,
-            self.draining,
+            self.door,
+            columns.replayed,
+            policy.versions,
         )
+        for version in set(columns.replayed.values()) - policy.versions.keys():
+            self.want_version(policy, version)
         for call in calls:
             rows = slice(call.first, call.first + call.num_rows)
             call.slots = admission.slots[rows]
@@ -245,7 +258,8 @@ class Stepper:
     def _answer(self, policy: ServedPolicy, calls: Sequence[StepCall], began_s: float) -> None:
         for call in calls:
             _note_failures(call)
-        for call, answer in zip(calls, write_replies(policy.replies, calls), strict=True):
+        durable = policy.sessions.durable_index if self.is_durable else None
+        for call, answer in zip(calls, write_replies(policy.replies, calls, durable), strict=True):
             call.finish(answer)
             if not isinstance(answer, Refusal):
                 for refusal in call.failed.values():

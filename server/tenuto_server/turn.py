@@ -35,6 +35,8 @@ class StepColumns:
     """[n, O], flattened."""
     refused: dict[int, Refusal]
     """Rows whose values were refused; they go no further."""
+    replayed: dict[int, int]
+    """Rows that are sent again after a restart: row -> the version that answered it before."""
 
     def of(self, call: StepCall) -> StepColumns:
         """The rows of one call."""
@@ -46,6 +48,7 @@ class StepColumns:
             self.rewards[rows],
             self.observations[rows],
             {row - call.first: refusal for row, refusal in self.refused.items() if rows.start <= row < rows.stop},
+            {row - call.first: version for row, version in self.replayed.items() if rows.start <= row < rows.stop},
         )
 
 
@@ -71,6 +74,11 @@ def _forms(codec: ObservationCodec) -> dict[str, _Form]:
     }
 
 
+def _clipped(version: int) -> int:
+    """No version is as large as what the columns of the server do not hold."""
+    return min(version, 2**62)
+
+
 class Turn:
     """The calls of one policy that arrived together. Built on the event loop; :meth:`check` may run on a thread."""
 
@@ -83,6 +91,7 @@ class Turn:
         self._rewards: list[float] = []
         self._data: list[list[bytes]] = [[] for _ in policy.codec.leaves]
         self._refused: dict[int, Refusal] = {}
+        self._replayed: dict[int, int] = {}
         self._columns: StepColumns | None = None
         self._forms = _forms(policy.codec)
 
@@ -100,6 +109,8 @@ class Turn:
         self._step_indices.append(request.step_index)
         self._episode_starts.append(request.episode_start)
         self._rewards.append(request.reward if request.HasField("reward") else nan)
+        if version := request.replayed_version:
+            self._replayed[call.first] = _clipped(version)
 
     def add_rows(self, call: StepCall, request: pb.StepBatchRequest, refused: dict[int, Refusal]) -> None:
         """Take a StepBatch whose columns are as long as they should be, but for the rows that are refused already.
@@ -116,6 +127,9 @@ class Turn:
         self._episode_starts += request.episode_starts[:] or [False] * n
         self._rewards += request.rewards[:] or [nan] * n
         self._refused.update((first + row, refusal) for row, refusal in refused.items())
+        for row, version in enumerate(request.replayed_versions):
+            if version:
+                self._replayed[first + row] = _clipped(version)
 
     def _add_observations(self, tensors: Sequence[pb.NamedTensor], num_rows: int | None) -> None:
         lead = () if num_rows is None else (num_rows,)
@@ -155,6 +169,7 @@ class Turn:
                 np.array(self._rewards, np.float32),
                 codec.flatten(rows, refused),
                 refused | self._refused,
+                self._replayed,
             )
         return self._columns
 

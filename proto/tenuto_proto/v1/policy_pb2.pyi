@@ -55,6 +55,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SESSION_EXPORTED: _ClassVar[ErrorReason]
     SNAPSHOT_INVALID: _ClassVar[ErrorReason]
     SNAPSHOT_MISMATCH: _ClassVar[ErrorReason]
+    STORE_UNAVAILABLE: _ClassVar[ErrorReason]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_BOOL: DataType
 DATA_TYPE_INT8: DataType
@@ -98,6 +99,7 @@ QUOTA_EXCEEDED: ErrorReason
 SESSION_EXPORTED: ErrorReason
 SNAPSHOT_INVALID: ErrorReason
 SNAPSHOT_MISMATCH: ErrorReason
+STORE_UNAVAILABLE: ErrorReason
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data")

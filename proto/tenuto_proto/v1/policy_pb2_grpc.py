@@ -112,7 +112,8 @@ class PolicyServiceServicer(object):
         Codes: INVALID_ARGUMENT (OBSERVATION_*), NOT_FOUND (SESSION_UNKNOWN; VERSION_UNKNOWN of a step that is sent again),
         FAILED_PRECONDITION (SESSION_CLOSED, SESSION_EXPIRED, SESSION_EXPORTED), ABORTED (STEP_INDEX_MISMATCH,
         STEP_IN_FLIGHT), RESOURCE_EXHAUSTED (QUEUE_FULL, QUOTA_EXCEEDED; also a message over the size limit, then without
-        ErrorInfo), DEADLINE_EXCEEDED (QUEUE_TIMEOUT), UNAVAILABLE (DRAINING), INTERNAL (COMPUTE_FAILED).
+        ErrorInfo), DEADLINE_EXCEEDED (QUEUE_TIMEOUT), UNAVAILABLE (DRAINING, STORE_UNAVAILABLE), INTERNAL
+        (COMPUTE_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,7 +164,7 @@ class PolicyServiceServicer(object):
     def ExportSession(self, request, context):
         """Stops a session and returns it as a snapshot, for ImportSession at another server; a step under way is answered
         first. Its further steps are refused with SESSION_EXPORTED until it is imported here again; CloseSession ends it.
-        Codes: as CloseSession. Safe to retry: the snapshot is the same, but for its stamp of the time.
+        Codes: as CloseSession. Safe to retry: the snapshot is the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -31,7 +31,7 @@ class Bench:
     def __init__(self, device: str, memory: str) -> None:
         self.policy = small_policy(memory)
         self.engine = Engine(torch.device(device), (4, 8, 16, 32, 64))
-        checkpoint = Checkpoint("policy", 1, small_policy(memory), TrainingProgress(), 0.0)
+        checkpoint = Checkpoint("policy", 1, small_policy(memory), TrainingProgress(), 0.0, "")
         self.served = ServedPolicy(checkpoint, self.engine, CAPACITY, server_epoch=1)
         self.version: ServedVersion = self.served.prepare(checkpoint, self.engine)
 
@@ -134,7 +134,7 @@ def test_neither_logits_nor_value_may_be_infinite(head: str) -> None:
     bench = Bench("cpu", "frameconv")
     policy = small_policy("frameconv")
     policy.get_parameter(head).detach()[0] = torch.inf
-    version = bench.served.prepare(Checkpoint("policy", 2, policy, TrainingProgress(), 0.0), bench.engine)
+    version = bench.served.prepare(Checkpoint("policy", 2, policy, TrainingProgress(), 0.0, ""), bench.engine)
     results = bench.engine.run(version, bench.rows([0], flat_observations(1), 0))
     assert results.finite.tolist() == [False]
 
@@ -209,7 +209,7 @@ def test_a_policy_of_another_shape_does_not_join_the_versions() -> None:
         small_policy("dnc", observation_space=spaces.Box(-1, 1, (7,))),
     ):
         with pytest.raises(MismatchError, match=r"got .* expected"):
-            bench.served.prepare(Checkpoint("policy", 2, other, TrainingProgress(), 0.0), bench.engine)
+            bench.served.prepare(Checkpoint("policy", 2, other, TrainingProgress(), 0.0, ""), bench.engine)
 
 
 @pytest.mark.parametrize("name", ["tpu", "mps", "cuda:99", ""])

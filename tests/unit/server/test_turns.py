@@ -63,7 +63,7 @@ class Desk:
         self.intake = Intake(registry, self.stepper, metrics, lambda: self.now_s, 64, server_epoch=1)
         self.policies: dict[str, ServedPolicy] = {}
         for name in ("a", "b"):
-            checkpoint = Checkpoint(name, 1, small_policy("frameconv"), TrainingProgress(), 0.0)
+            checkpoint = Checkpoint(name, 1, small_policy("frameconv"), TrainingProgress(), 0.0, "")
             policy = self.policies[name] = ServedPolicy(checkpoint, self.engine, 100, server_epoch=1)
             policy.versions[1] = policy.prepare(checkpoint, self.engine)
             registry.add(policy)

@@ -1,0 +1,280 @@
+"""Keeps the sessions of this process in a store, so that they outlive it. Owned by the event loop.
+
+Steps do not wait for the store. A few times a second the engine copies the rows that have changed, between two batches,
+and another thread writes them; ``durable_step`` in the replies says how far that has come. What a crash takes is the
+steps since, which the client sends again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.arena import Slots
+from tenuto_server.engine import Engine
+from tenuto_server.errors import Refusal, SnapshotError, StoreError
+from tenuto_server.metrics import Metrics
+from tenuto_server.policies import PolicyRegistry, ServedPolicy
+from tenuto_server.snapshots import (
+    SessionGroup,
+    as_stored,
+    check_fit,
+    from_stored,
+    install,
+    options_of,
+    take_group,
+    unseal,
+    write_snapshots,
+)
+from tenuto_server.store import SnapshotStore, StoredSession
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_GROUP = 256
+"""Sessions that the engine copies at once: a fraction of a millisecond."""
+_MAX_PAUSE_S = 5.0
+"""Between two tries of a store that fails."""
+_NO_LIMIT = 2**62
+
+
+class VersionSource(Protocol):
+    """Brings versions into service that sessions began with."""
+
+    async def require(self, policy_name: str, version: int) -> bool:
+        """Serve a version, if it is in the repository and sound. Returns whether it is served."""
+        ...
+
+
+class Snapshotter:
+    """Takes sessions out of the process and into it, as snapshots."""
+
+    def __init__(
+        self,
+        registry: PolicyRegistry,
+        engine: Engine,
+        versions: VersionSource,
+        clock: Callable[[], float],
+    ) -> None:
+        self._registry, self._engine, self._versions, self._clock = registry, engine, versions, clock
+
+    async def take(self, policy: ServedPolicy, slots: Slots) -> SessionGroup:
+        """Copy sessions as they are between two batches."""
+        generations = policy.sessions.pool.generation[slots]
+
+        def group(state: list[NDArray[Any]]) -> SessionGroup:
+            # The event loop has heard of every batch before this job, and of none after it.
+            return take_group(policy, slots, generations, state)
+
+        return await self._engine.call_then(lambda: policy.arena.read_rows(slots), group)
+
+    async def adopt(self, sealed: pb.SealedSnapshot, principal: str | None = None) -> tuple[ServedPolicy, int]:
+        """Go on with a session, as that of ``principal`` or of whose it was; return where it is now.
+
+        Raises SnapshotError, or Refusal where there is no room or the session exists.
+        """
+        snapshot = unseal(sealed)
+        policy = self._registry.get(snapshot.policy_name)
+        if policy is None:
+            raise SnapshotError(f"snapshot policy: got {snapshot.policy_name!r}, which is not served", mismatch=True)
+        for version in {snapshot.version, snapshot.pinned_version} - {0}:
+            if version not in policy.versions:
+                # Where it is not to be had the check says so.
+                await self._versions.require(policy.name, version)
+        state = check_fit(snapshot, policy)
+        owner = snapshot.principal if principal is None else principal
+        slot = policy.sessions.open(snapshot.session_id, options_of(snapshot), self._clock(), owner)
+        install(snapshot, state, policy, slot)
+        if snapshot.next_step_index:
+            # A step that comes meanwhile runs after this.
+            await self._engine.call(lambda: policy.arena.write_row(slot, state.state))
+        return policy, slot
+
+
+class Durability:
+    """Writes what changes and brings it back. Where it is used, ``durable_step`` counts."""
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        snapshotter: Snapshotter,
+        registry: PolicyRegistry,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        interval_s: float,
+        io: Callable[[Callable[[], Any]], Awaitable[Any]],
+    ) -> None:
+        """``io`` runs a function of the store, one at a time and not on the event loop."""
+        self._store, self._snapshotter, self._registry, self._metrics = store, snapshotter, registry, metrics
+        self._clock, self._interval_s, self._io = clock, interval_s, io
+        self._ended: dict[int, int] = {}
+        """Sessions to drop from the store, and how many steps they had."""
+        self._refused: set[int] = set()
+        """Sessions in the store that this server cannot go on with."""
+        self._one_at_a_time = asyncio.Lock()
+        self._fetching: dict[int, asyncio.Future[None]] = {}
+        self._num_failures = 0
+        self.saved_s = clock()
+        """When the store last held all that there was."""
+        metrics.unsaved_seconds.set_function(lambda: self._clock() - self.saved_s)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a session that nobody here knows may be in the store."""
+        return self._store.is_shared
+
+    def begin(self, session_id: int) -> None:
+        """A session begins from its first step on: what the store has of it and nobody could go on from is dropped."""
+        if session_id in self._refused:
+            self._refused.discard(session_id)
+            self._ended[session_id] = _NO_LIMIT
+
+    def end(self, session_id: int, num_steps: int) -> None:
+        """Drop a session from the store with the next group."""
+        self._ended[session_id] = num_steps
+
+    # ------------------------------------------------------------------ out of the process
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Write what has changed, every ``interval_s`` seconds, until ``stop``."""
+        while not stop.is_set():
+            pause_s = min(self._interval_s * 2 ** min(self._num_failures, 16), max(_MAX_PAUSE_S, self._interval_s))
+            try:
+                await asyncio.wait_for(stop.wait(), pause_s)
+            except asyncio.TimeoutError:
+                try:
+                    await self.flush()
+                except Exception:
+                    self._num_failures += 1
+                    self._metrics.snapshot_failures.inc()
+                    log.exception("sessions are not saved")
+
+    async def flush(self) -> bool:
+        """Write what has changed. Returns whether the store holds everything as it was when this began."""
+        async with self._one_at_a_time:
+            began_s = self._clock()
+            try:
+                for policy in self._registry:
+                    while len(slots := policy.sessions.changed_slots(_GROUP)):
+                        await self._save(policy, slots)
+                        if len(slots) < _GROUP:
+                            break
+                if self._ended:
+                    await self._write(None)
+            except StoreError as error:
+                self._metrics.snapshot_failures.inc()
+                # Once for each outage.
+                (log.debug if self._num_failures else log.error)("sessions are not saved: %s", error)
+                self._num_failures += 1
+                return False
+            if self._num_failures:
+                log.warning("sessions are saved again, after %d tries", self._num_failures)
+            self._num_failures, self.saved_s = 0, began_s
+            self._metrics.snapshot_seconds.series[""].observe(self._clock() - began_s)
+            return True
+
+    async def _save(self, policy: ServedPolicy, slots: Slots) -> None:
+        group = await self._snapshotter.take(policy, slots)
+        overtaken = await self._write(group)
+        sessions = policy.sessions
+        same = sessions.pool.generation[group.slots] == group.generations
+        if overtaken:
+            newer = np.isin(group.table["session_id"], np.array(list(overtaken), np.uint64))
+            # Another server goes on with them; what is here is old, and read again when it is asked for.
+            for slot in group.slots[same & newer & ~sessions.busy[group.slots]].tolist():
+                sessions.forget(slot)
+            same &= ~newer
+        sessions.durable_index[group.slots[same]] = group.num_steps[same]
+        self._metrics.snapshots.labels(policy.name).inc(len(group))
+
+    async def _write(self, group: SessionGroup | None) -> set[int]:
+        ended, self._ended = self._ended, {}
+
+        def write() -> set[int]:
+            stored: list[StoredSession] = []
+            if group is not None:
+                sealed = map(as_stored, write_snapshots(group))
+                stored = list(map(StoredSession, group.session_ids, group.num_steps.tolist(), sealed))
+            return self._store.write(stored, ended.items())
+
+        try:
+            return await self._io(write)
+        except StoreError:
+            self._ended = ended | self._ended
+            raise
+
+    # ------------------------------------------------------------------ into the process
+
+    async def restore_all(self) -> None:
+        """Go on with every session of a store that is this server's own. Raises StoreError."""
+        began_s, num_restored = self._clock(), 0
+        ids: list[int] = await self._io(self._store.session_ids)
+        for first in range(0, len(ids), _GROUP):
+            chunk = ids[first : first + _GROUP]
+            found: list[StoredSession] = await self._io(lambda chunk=chunk: self._store.read(chunk))
+            for stored in found:
+                num_restored += await self._restore(stored)
+        if ids:
+            took_s = self._clock() - began_s
+            log.info("restored %d of %d sessions in %.2f s", num_restored, len(ids), took_s)
+
+    async def fetch(self, session_ids: Iterable[int]) -> None:
+        """Go on with those of some sessions that are in a shared store, and further there than here.
+
+        Raises Refusal (UNAVAILABLE) where the store does not answer.
+        """
+        mine = [i for i in session_ids if i not in self._fetching]
+        others = [self._fetching[i] for i in session_ids if i in self._fetching]
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._fetching.update(dict.fromkeys(mine, done))
+        try:
+            if mine:
+                try:
+                    found: list[StoredSession] = await self._io(lambda: self._store.read(mine))
+                except StoreError as error:
+                    log.error("sessions cannot be looked for: %s", error)
+                    raise Refusal(pb.STORE_UNAVAILABLE, "the store of sessions does not answer") from error
+                for stored in found:
+                    if self._is_news(stored):
+                        await self._restore(stored)
+        finally:
+            for session_id in mine:
+                del self._fetching[session_id]
+            done.set_result(None)
+        if others:
+            await asyncio.wait(others)
+
+    def _is_news(self, stored: StoredSession) -> bool:
+        """Whether the store is further than this server, whose copy is then dropped."""
+        policy = self._registry.of_session(stored.session_id)
+        if policy is None:
+            return True
+        if stored.session_id not in policy.sessions:
+            return False
+        slot = policy.sessions.slot_of(stored.session_id)
+        if policy.sessions.busy[slot] or policy.sessions.next_index[slot] >= stored.num_steps:
+            return False
+        policy.sessions.forget(slot)
+        return True
+
+    async def _restore(self, stored: StoredSession) -> bool:
+        try:
+            policy, slot = await self._snapshotter.adopt(from_stored(stored.snapshot))
+        except (SnapshotError, Refusal) as error:
+            reason = pb.ErrorReason.Name(error.reason).lower()
+            self._metrics.snapshots_refused.labels(reason).inc()
+            log.error("session %d is not restored: %s", stored.session_id, error)
+            self._refused.add(stored.session_id)
+            return False
+        policy.sessions.durable_index[slot] = stored.num_steps
+        self._metrics.sessions_restored.labels(policy.name).inc()
+        return True
+
+    def close(self) -> None:
+        """Give the store up."""
+        self._store.close()
