@@ -156,9 +156,9 @@ class PolicyRegistry:
             raise Refusal(pb.POLICY_UNKNOWN, message, metadata)
         return found
 
-    def of_session(self, session_id: int) -> ServedPolicy | None:
-        """Return the policy that the session belongs, or belonged, to."""
-        for policy in self:
-            if session_id in policy.sessions:
+    def of_session(self, session_id: int, owner: str | None = "") -> ServedPolicy | None:
+        """Return the policy of a session that this principal has, or had; None as owner: whoever has it."""
+        for policy in self._policies.values():
+            if policy.sessions.has(session_id, owner):
                 return policy
-        return next((p for p in self if p.sessions.ended(session_id) is not None), None)
+        return next((p for p in self if p.sessions.ended(session_id, owner) is not None), None)

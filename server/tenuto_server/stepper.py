@@ -113,6 +113,7 @@ class Stepper:
             columns.refused,
             policy.newest.version,
             self.draining,
+            columns.owners,
         )
         for call in calls:
             rows = slice(call.first, call.first + call.num_rows)
