@@ -10,6 +10,7 @@ from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
 from tenuto_server.batcher import Ticket
 from tenuto_server.errors import Refusal
+from tenuto_server.principals import ANYONE, Principal
 
 Answer = pb.StepResponse | pb.StepBatchResponse
 
@@ -26,6 +27,8 @@ class StepCall:
     answer: Callable[[Answer | Exception], None]
     """Called once with the reply or with what went wrong, unless the caller leaves before."""
     num_rows: int = 1
+    principal: Principal = ANYONE
+    """Who calls; to it only its own sessions exist."""
     first: int = 0
     """Its first row among those of its turn."""
     slots: Slots = field(init=False)

@@ -251,7 +251,7 @@ class Durability:
 
     def _is_news(self, stored: StoredSession) -> bool:
         """Whether the store is further than this server, whose copy is then dropped."""
-        policy = self._registry.of_session(stored.session_id)
+        policy = self._registry.of_session(stored.session_id, None)
         if policy is None:
             return True
         if stored.session_id not in policy.sessions:

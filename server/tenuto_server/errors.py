@@ -112,3 +112,8 @@ def unknown_session(session_id: int, server_epoch: int) -> Refusal:
     """Refuse a session that nobody remembers."""
     message = f"session {session_id}: never opened here, or ended long ago"
     return Refusal(pb.SESSION_UNKNOWN, message, {"server_epoch": str(server_epoch)})
+
+
+def session_exists(session_id: int) -> Refusal:
+    """Refuse to open a session whose id is in use; the text is the same whosever it is."""
+    return Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists with other options or steps taken")

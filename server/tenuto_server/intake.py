@@ -180,18 +180,19 @@ class Intake:
         """Add a call to the turn of its policy. Raises Refusal or WireError where all of it is refused."""
         request = call.request
         if isinstance(request, pb.StepRequest):
-            policy = self._registry.of_session(request.session_id)
+            policy = self._registry.of_session(request.session_id, call.principal.name)
             if policy is None:
                 raise unknown_session(request.session_id, self._server_epoch)
             _turn_of(policy, turns).add_row(call, request)
             return
         self._check_columns(call, request)
-        policies = (self._registry.of_session(session_id) for session_id in request.session_ids)
+        owner = call.principal.name
+        policies = (self._registry.of_session(session_id, owner) for session_id in request.session_ids)
         policy = next((policy for policy in policies if policy is not None), None)
         if policy is None:
             self._refuse_all(call, request)
             return
-        _turn_of(policy, turns).add_rows(call, request, self._rows_of_others(policy, request))
+        _turn_of(policy, turns).add_rows(call, request, self._rows_of_others(policy, request, owner))
 
     def _refuse_all(self, call: StepCall, request: pb.StepBatchRequest) -> None:
         """Answer a batch of which no session is known."""
@@ -217,16 +218,16 @@ class Intake:
             if len(column) != n and (needed or len(column) > 0):
                 raise Refusal(pb.BATCH_COLUMNS, f"{name}: got {len(column)}, expected {n}, as many as session_ids")
 
-    def _rows_of_others(self, policy: ServedPolicy, request: pb.StepBatchRequest) -> dict[int, Refusal]:
+    def _rows_of_others(self, policy: ServedPolicy, request: pb.StepBatchRequest, owner: str) -> dict[int, Refusal]:
         refused: dict[int, Refusal] = {}
         if len(self._registry) == 1:
             return refused
         session_ids = request.session_ids[:]
         if strangers := policy.sessions.without(session_ids):
             for row, session_id in enumerate(session_ids):
-                owner = self._registry.of_session(session_id) if session_id in strangers else None
-                if owner is not None and owner is not policy:
-                    message = f"session {session_id}: got one of policy {owner.name!r}, expected {policy.name!r}"
+                other = self._registry.of_session(session_id, owner) if session_id in strangers else None
+                if other is not None and other is not policy:
+                    message = f"session {session_id}: got one of policy {other.name!r}, expected {policy.name!r}"
                     refused[row] = Refusal(pb.POLICY_MISMATCH, message)
         return refused
 

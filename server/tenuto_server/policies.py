@@ -165,14 +165,14 @@ class PolicyRegistry:
 
     def has_reached(self, session_id: int, step_index: int) -> bool:
         """Whether a session is here, or was, and its next step is this one or a later one."""
-        policy = self.of_session(session_id)
+        policy = self.of_session(session_id, None)
         if policy is None or session_id not in policy.sessions:
             return policy is not None
         return int(policy.sessions.next_index[policy.sessions.slot_of(session_id)]) >= step_index
 
-    def of_session(self, session_id: int) -> ServedPolicy | None:
-        """Return the policy that the session belongs, or belonged, to."""
-        for policy in self:
-            if session_id in policy.sessions:
+    def of_session(self, session_id: int, owner: str | None = "") -> ServedPolicy | None:
+        """Return the policy of a session that this principal has, or had; None as owner: whoever has it."""
+        for policy in self._policies.values():
+            if policy.sessions.has(session_id, owner):
                 return policy
-        return next((p for p in self if p.sessions.ended(session_id) is not None), None)
+        return next((p for p in self if p.sessions.ended(session_id, owner) is not None), None)

@@ -21,10 +21,11 @@ from tenuto_server.batcher import Ticket
 from tenuto_server.calls import Answer, StepCall
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine
-from tenuto_server.errors import Refusal, unknown_session
+from tenuto_server.errors import Refusal, session_exists, unknown_session
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
+from tenuto_server.principals import ANYONE, Principal
 from tenuto_server.sessions import Ended, SessionOptions
 from tenuto_server.snapshots import unseal, write_snapshots
 from tenuto_server.stepper import Stepper
@@ -46,17 +47,22 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         clock: Callable[[], float],
         snapshotter: Snapshotter,
         durability: Durability | None,
+        authenticate: Callable[[Any], Principal] = lambda context: ANYONE,
     ) -> None:
-        """``durability``: None where sessions end with the process."""
+        """``durability``: None where sessions end with the process. ``authenticate(context)`` says who calls; raises
+        Refusal (UNAUTHENTICATED). Every method asks it first.
+        """
         self._registry, self._stepper, self._intake = registry, stepper, intake
         self._engine, self._metrics = engine, metrics
         self._limits, self._server_epoch, self._clock = limits, server_epoch, clock
         self._snapshotter, self._durability = snapshotter, durability
+        self._authenticate = authenticate
 
     # ------------------------------------------------------------------ policies and sessions
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
         """Describe a policy."""
+        self._authenticate(context)
         policy = self._registry.find(request.policy_name)
         described = policy.describe(policy.find_version(request.version), self._limits, self._server_epoch)
         described.refused.extend(self._registry.refused.to_wire(policy.name))
@@ -64,18 +70,22 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:
         """Lease a slot."""
+        principal = self._authenticate(context)
         if self._stepper.draining:
             raise Refusal(pb.DRAINING, "the server is shutting down and opens no session")
         policy = self._registry.find(request.policy_name)
         version = policy.find_version(request.version)
         session_id = request.session_id or secrets.randbits(64) or 1
         await self._fetch(session_id)
-        owner = self._registry.of_session(session_id)
-        if owner is not None and owner is not policy:
-            raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: is, or was, one of policy {owner.name!r}")
+        other = self._registry.of_session(session_id, None)
+        if other is not None and other is not policy:
+            if self._registry.of_session(session_id, principal.name) is None:
+                raise session_exists(session_id)
+            raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: is, or was, one of policy {other.name!r}")
         seed = request.seed if request.HasField("seed") else session_id
         known = session_id in policy.sessions
-        policy.sessions.open(session_id, SessionOptions(request.version, seed, request.deterministic), self._clock())
+        options = SessionOptions(request.version, seed, request.deterministic)
+        policy.sessions.open(session_id, options, self._clock(), principal.name)
         if not known:
             self._metrics.sessions_opened.labels(policy.name).inc()
             if self._durability is not None:
@@ -91,19 +101,20 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:
         """End a session; its fate is remembered, so that a repeated close gets the same answer."""
+        owner = self._authenticate(context).name
         self._intake.end_turn()  # A step that came before is under way.
         await self._fetch(request.session_id)
-        policy = self._policy_of(request.session_id)
+        policy = self._policy_of(request.session_id, owner)
         sessions = policy.sessions
-        ended = sessions.ended(request.session_id)
+        ended = sessions.ended(request.session_id, owner)
         if ended is None or ended.reason != pb.SESSION_CLOSED:
-            slot = sessions.find(request.session_id)
+            slot = sessions.find(request.session_id, owner)
             under_way: Ticket | None = sessions.ticket[slot]
             reward = request.reward if request.HasField("reward") else np.nan
             ended = self.end_session(policy, slot, pb.SESSION_CLOSED, reward)
             if under_way is not None:
                 await under_way.settled()
-                ended = sessions.ended(request.session_id) or ended
+                ended = sessions.ended(request.session_id, owner) or ended
         return pb.CloseSessionResponse(num_steps=ended.num_steps, num_episodes=ended.num_episodes)
 
     def end_session(self, policy: ServedPolicy, slot: int, reason: int, last_reward: float = np.nan) -> Ended:
@@ -122,26 +133,28 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         return ended
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Any) -> pb.ListSessionsResponse:
-        """List open sessions, a page at a time."""
+        """List open sessions, a page at a time: the caller's own, an admin everybody's."""
+        owner = _sees(self._authenticate(context))
         policies = [self._registry.find(request.policy_name)] if request.policy_name else list(self._registry)
         size = min(request.page_size or 100, 1000)
         after = request.after_session_id
-        found = sorted((i, p) for p in policies for i in p.sessions.session_ids() if i > after or not after)
+        found = sorted((i, p) for p in policies for i in p.sessions.session_ids(owner) if i > after or not after)
         page = found[:size]
         return pb.ListSessionsResponse(
-            sessions=[self._describe(p, p.sessions.find(i)) for i, p in page], more=len(found) > size
+            sessions=[self._describe(p, p.sessions.find(i, owner)) for i, p in page], more=len(found) > size
         )
 
     async def InspectSession(self, request: pb.InspectSessionRequest, context: Any) -> pb.InspectSessionResponse:
-        """Read one session's state between two batches."""
+        """Read one session's state between two batches; an admin also that of others."""
+        owner = _sees(self._authenticate(context))
         await self._fetch(request.session_id)
-        policy = self._policy_of(request.session_id)
-        slot = policy.sessions.find(request.session_id)
+        policy = self._policy_of(request.session_id, owner)
+        slot = policy.sessions.find(request.session_id, owner)
         generation = policy.sessions.pool.generation[slot]
 
         def describe(state: dict[str, NDArray[Any]]) -> pb.InspectSessionResponse:
             if policy.sessions.pool.generation[slot] != generation:
-                policy.sessions.find(request.session_id)  # Raises what became of it.
+                policy.sessions.find(request.session_id, owner)  # Raises what became of it.
             session = self._describe(policy, slot)
             # Before its first step the slot still holds what another session left there.
             untouched = session.next_step_index == 0
@@ -154,12 +167,13 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         return await self._engine.call_then(lambda: policy.arena.read(slot), describe)
 
     async def ExportSession(self, request: pb.ExportSessionRequest, context: Any) -> pb.ExportSessionResponse:
-        """Stop a session and return it."""
+        """Stop a session and return it; an admin also that of others."""
+        owner = _sees(self._authenticate(context))
         self._intake.end_turn()  # A step that came before is under way.
         await self._fetch(request.session_id)
-        policy = self._policy_of(request.session_id)
+        policy = self._policy_of(request.session_id, owner)
         sessions = policy.sessions
-        slot = sessions.find(request.session_id)
+        slot = sessions.find(request.session_id, owner)
         generation, was_exported = sessions.pool.generation[slot], bool(sessions.exported[slot])
         sessions.exported[slot] = True
         try:
@@ -167,10 +181,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             if under_way is not None:
                 await under_way.settled()
             if sessions.pool.generation[slot] != generation:
-                sessions.find(request.session_id)  # Raises what became of it.
+                sessions.find(request.session_id, owner)  # Raises what became of it.
             group = await self._snapshotter.take(policy, np.array([slot]))
             if not len(group):
-                sessions.find(request.session_id)
+                sessions.find(request.session_id, owner)
             [sealed] = write_snapshots(group)
         except BaseException:
             if sessions.pool.generation[slot] == generation:
@@ -179,13 +193,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         return pb.ExportSessionResponse(snapshot=sealed)
 
     async def ImportSession(self, request: pb.ImportSessionRequest, context: Any) -> pb.ImportSessionResponse:
-        """Go on with a session that was exported, here or elsewhere."""
+        """Go on with a session that was exported, here or elsewhere. It is the caller's, whosever it was."""
+        principal = self._authenticate(context)
         if self._stepper.draining:
             raise Refusal(pb.DRAINING, "the server is shutting down and takes no session over")
         snapshot = unseal(request.snapshot)
         session_id = snapshot.session_id
         await self._fetch(session_id)
-        policy = self._registry.of_session(session_id)
+        policy = self._registry.of_session(session_id, None)
+        if policy is not None and self._registry.of_session(session_id, principal.name) is None:
+            raise session_exists(session_id)
         if policy is not None and session_id in policy.sessions:
             slot = policy.sessions.slot_of(session_id)
             if snapshot.next_step_index != policy.sessions.next_index[slot] or policy.name != snapshot.policy_name:
@@ -194,7 +211,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         else:
             if policy is not None:
                 policy.sessions.revive(session_id)
-            policy, slot = await self._snapshotter.adopt(request.snapshot, "")
+            policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name)
             self._metrics.sessions_opened.labels(policy.name).inc()
         return pb.ImportSessionResponse(
             session_id=session_id,
@@ -205,7 +222,11 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def _fetch(self, session_id: int) -> None:
         """Look for a session that is not here in a store that other servers use too. Raises Refusal."""
-        if self._durability is not None and self._durability.is_shared and not self._registry.of_session(session_id):
+        if (
+            self._durability is not None
+            and self._durability.is_shared
+            and not self._registry.of_session(session_id, None)
+        ):
             await self._durability.fetch([session_id])
 
     def _describe(self, policy: ServedPolicy, slot: int) -> pb.Session:
@@ -225,8 +246,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             exported=bool(s.exported[slot]),
         )
 
-    def _policy_of(self, session_id: int) -> ServedPolicy:
-        policy = self._registry.of_session(session_id)
+    def _policy_of(self, session_id: int, owner: str | None) -> ServedPolicy:
+        """Find the policy of a principal's session, of anybody's for None. Raises Refusal (SESSION_UNKNOWN)."""
+        policy = self._registry.of_session(session_id, owner)
         if policy is None:
             raise unknown_session(session_id, self._server_epoch)
         return policy
@@ -243,12 +265,13 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def StepStream(self, request_iterator: AsyncIterator[pb.StepBatchRequest], context: Any) -> None:
         """Answer StepBatch messages as they finish. Everything under way is cancelled when the client vanishes."""
-        begin = partial(self._begin, "StepStream", None)
+        begin = partial(self._begin, self._authenticate(context), "StepStream", None)
         await StepStream(context, begin, self._stepper.leave, self._metrics).run()
 
     async def _step(self, rpc: str, request: pb.StepRequest | pb.StepBatchRequest, context: Any) -> Any:
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        call = self._begin(rpc, context.time_remaining(), request, partial(_resolve, answered))
+        principal = self._authenticate(context)
+        call = self._begin(principal, rpc, context.time_remaining(), request, partial(_resolve, answered))
         try:
             return await answered
         except asyncio.CancelledError:
@@ -257,6 +280,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     def _begin(
         self,
+        principal: Principal,
         rpc: str,
         remaining_s: float | None,
         request: pb.StepRequest | pb.StepBatchRequest,
@@ -270,9 +294,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             timeout_s = min(timeout_s, request.queue_timeout_ms / 1000)
         now_s = self._clock()
         num_rows = len(request.session_ids) if isinstance(request, pb.StepBatchRequest) else 1
-        call = StepCall(rpc, request, now_s, now_s + timeout_s, answer, num_rows)
+        call = StepCall(rpc, request, now_s, now_s + timeout_s, answer, num_rows, principal)
         self._intake.take(call)
         return call
+
+
+def _sees(principal: Principal) -> str | None:
+    """Whose sessions a principal may look at, as find() and session_ids() take it: its own, an admin everybody's."""
+    return None if principal.is_admin else principal.name
 
 
 def _resolve(answered: asyncio.Future[Answer], outcome: Answer | Exception) -> None:

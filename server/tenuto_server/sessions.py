@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import SlotPool, Slots
-from tenuto_server.errors import Refusal, unknown_session
+from tenuto_server.errors import Refusal, session_exists, unknown_session
 
 if TYPE_CHECKING:
     from tenuto_server.batcher import Ticket
@@ -59,6 +59,8 @@ class Ended:
     """SESSION_CLOSED or SESSION_EXPIRED."""
     num_steps: int
     num_episodes: int
+    owner: str = ""
+    """Name of the principal that had it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -87,8 +89,12 @@ class SessionTable:
         self._server_epoch = server_epoch
         self._slots: dict[int, int] = {}
         self._ended: OrderedDict[int, Ended] = OrderedDict()
+        self._owner_numbers: dict[str, int] = {"": 0}
+        self._owner_names: list[str] = [""]
         rows = capacity + 1
         self.session_id = np.zeros(rows, np.uint64)
+        self.owner = np.zeros(rows, np.int32)
+        """Number of the principal that the session belongs to."""
         self.next_index = np.zeros(rows, np.uint64)
         self.seed = np.zeros(rows, np.uint64)
         self.deterministic = np.zeros(rows, np.bool_)
@@ -115,6 +121,19 @@ class SessionTable:
 
     def __contains__(self, session_id: int) -> bool:
         return session_id in self._slots
+
+    def has(self, session_id: int, owner: str | None = "") -> bool:
+        """Whether it is an open session of this principal; None: of anybody."""
+        slot = self._slots.get(session_id)
+        return slot is not None and (owner is None or self._owner_names[self.owner[slot]] == owner)
+
+    def owner_number(self, name: str) -> int:
+        """Return what stands in the column of owners for a principal; -1 where it never had a session here."""
+        return self._owner_numbers.get(name, -1)
+
+    def owner_name(self, slot: int) -> str:
+        """Name of the principal that the session in this slot belongs to."""
+        return self._owner_names[self.owner[slot]]
 
     def without(self, session_ids: Iterable[int]) -> set[int]:
         """Return those that are no open session's."""
@@ -145,30 +164,36 @@ class SessionTable:
         versions, counts = np.unique(self.version[self.pool.leased], return_counts=True)
         return {int(v): int(n) for v, n in zip(versions, counts, strict=True) if v > 0}
 
-    def session_ids(self) -> list[int]:
-        """Ids of the open sessions, ascending."""
-        return sorted(self._slots)
+    def session_ids(self, owner: str | None = "") -> list[int]:
+        """Ids of a principal's open sessions, ascending; None: of everybody's."""
+        if owner is None:
+            return sorted(self._slots)
+        number = self.owner_number(owner)
+        return sorted(session_id for session_id, slot in self._slots.items() if self.owner[slot] == number)
 
     # ------------------------------------------------------------------ open and end
 
-    def open(self, session_id: int, options: SessionOptions, now_s: float) -> int:
-        """Lease a slot and return it. The same open again, before any step, returns the same slot.
+    def open(self, session_id: int, options: SessionOptions, now_s: float, owner: str = "") -> int:
+        """Lease a slot for a principal and return it. The same open again, before any step, returns the same slot.
 
         Raises Refusal: SESSION_EXISTS, SESSION_CLOSED or SESSION_EXPIRED (an id is not used twice), CAPACITY_REACHED.
         """
         slot = self._slots.get(session_id)
         if slot is not None:
-            if self.next_index[slot] == 0 and not self.busy[slot] and self.options(slot) == options:
+            is_unused = self.next_index[slot] == 0 and not self.busy[slot]
+            if is_unused and self.options(slot) == options and self.owner_name(slot) == owner:
                 self.last_active_s[slot] = now_s
                 return slot
-            raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists with other options or steps taken")
-        if session_id in self._ended:
-            raise self._refuse_unknown(session_id)
+            raise session_exists(session_id)
+        if (ended := self._ended.get(session_id)) is not None:
+            # What became of a session is told to its owner alone.
+            raise self._refuse_unknown(session_id, owner) if ended.owner == owner else session_exists(session_id)
         slot = self.pool.lease()
         if slot is None:
             raise Refusal(pb.CAPACITY_REACHED, f"sessions: got one more, expected at most {self.pool.capacity} at once")
         self._slots[session_id] = slot
         self.session_id[slot] = session_id
+        self.owner[slot] = self._number_owner(owner)
         self.seed[slot], self.deterministic[slot] = options.seed, options.deterministic
         self.pinned[slot], self.version[slot], self.next_version[slot] = options.pinned_version, 0, 0
         self.next_index[slot] = self.num_episodes[slot] = 0
@@ -182,12 +207,14 @@ class SessionTable:
         """What the session in this slot was opened with."""
         return SessionOptions(int(self.pinned[slot]), int(self.seed[slot]), bool(self.deterministic[slot]))
 
-    def find(self, session_id: int) -> int:
-        """Return the slot of an open session. Raises Refusal (SESSION_UNKNOWN, _CLOSED, _EXPIRED)."""
-        slot = self._slots.get(session_id)
-        if slot is None:
-            raise self._refuse_unknown(session_id)
-        return slot
+    def find(self, session_id: int, owner: str | None = "") -> int:
+        """Return the slot of a principal's open session; None: of anybody's.
+
+        Raises Refusal (SESSION_UNKNOWN, _CLOSED, _EXPIRED). One of somebody else is as unknown as one of nobody.
+        """
+        if not self.has(session_id, owner):
+            raise self._refuse_unknown(session_id, owner)
+        return self._slots[session_id]
 
     def slot_of(self, session_id: int) -> int:
         """Return the slot of a session that is open."""
@@ -203,9 +230,10 @@ class SessionTable:
         self.last_reward[slot] = np.nan
         self._free(np.array([slot]))
 
-    def ended(self, session_id: int) -> Ended | None:
-        """What is remembered of an ended session."""
-        return self._ended.get(session_id)
+    def ended(self, session_id: int, owner: str | None = "") -> Ended | None:
+        """What is remembered of a principal's ended session; None: of anybody's."""
+        ended = self._ended.get(session_id)
+        return ended if ended is not None and owner in (None, ended.owner) else None
 
     def end(self, slot: int, reason: int, last_reward: float = np.nan) -> tuple[Ended, list[tuple[int, float]]]:
         """End a session. Its slot is free at once, or, while a step of it is under way, after that step.
@@ -255,18 +283,25 @@ class SessionTable:
         refused: dict[int, Refusal],
         newest_version: int,
         door: Door = Door.OPEN,
+        owners: NDArray[np.int32] | None = None,
         replayed: Mapping[int, int] = _NOTHING,
         held: Container[int] = (),
     ) -> Admission:
         """Decide about n rows: run, join, answer from the stored reply, or refuse. Rows to run become busy.
 
-        ``refused`` are rows that an earlier station turned down; they touch no session. ``replayed``: row -> the
-        version that answered it before, which must be among the ``held``.
+        ``refused`` are rows that an earlier station turned down; they touch no session. ``owners``: [n], the
+        :meth:`owner_number` of who sends each row; None: all 0. ``replayed``: row -> the version that answered it
+        before, which must be among the ``held``.
         """
         n = len(session_ids)
+        owners = np.zeros(n, np.int32) if owners is None else owners
         spare = self.pool.capacity
         ids: list[int] = session_ids.tolist()
         slots = np.array([self._slots.get(i, spare) for i in ids], np.int64)
+        others = self.owner[slots] != owners
+        if np.count_nonzero(others):
+            # From here on a session of somebody else is one that does not exist.
+            slots[others] = spare
         starts = episode_starts | (step_indices == 0)
         # The usual case, decided at once: every row is the next step of another idle session.
         usual = (step_indices == self.next_index[slots]) & ~(self.busy[slots] | self.exported[slots])
@@ -290,7 +325,8 @@ class SessionTable:
                         pb.SESSION_REPEATED, f"session {ids[row]}: got {counts[ids[row]]} rows, expected one"
                     )
                 elif not usual[row]:
-                    verdict = self._unusual(ids[row], int(slots[row]), int(step_indices[row]))
+                    owner = int(owners[row])
+                    verdict = self._unusual(ids[row], int(slots[row]), int(step_indices[row]), owner)
                     if isinstance(verdict, Refusal):
                         refused[row] = verdict
                     elif verdict is not None:
@@ -330,10 +366,13 @@ class SessionTable:
                 refused[row] = Refusal(pb.VERSION_UNKNOWN, message)
         return refused
 
-    def _unusual(self, session_id: int, slot: int, step_index: int) -> Refusal | Ticket | None:
+    def _unusual(self, session_id: int, slot: int, step_index: int, owner: int) -> Refusal | Ticket | None:
         """Decide about a row that is not simply the next step: a refusal, the ticket to join, or None for a replay."""
         if slot == self.pool.capacity:
-            return self._refuse_unknown(session_id)
+            # Who has no number has no session that could have ended.
+            if owner < 0:
+                return unknown_session(session_id, self._server_epoch)
+            return self._refuse_unknown(session_id, self._owner_names[owner])
         expected = int(self.next_index[slot])
         if self.exported[slot]:
             return Refusal(pb.SESSION_EXPORTED, f"session {session_id}: was exported after {expected} steps")
@@ -418,14 +457,20 @@ class SessionTable:
 
     def _remember(self, slot: int, reason: int) -> Ended:
         """Note how a session ended, with its counts as they are now."""
-        ended = Ended(reason, int(self.next_index[slot]), int(self.num_episodes[slot]))
+        ended = Ended(reason, int(self.next_index[slot]), int(self.num_episodes[slot]), self.owner_name(slot))
         self._ended[int(self.session_id[slot])] = ended
         if len(self._ended) > MAX_REMEMBERED:
             self._ended.popitem(last=False)
         return ended
 
-    def _refuse_unknown(self, session_id: int) -> Refusal:
-        ended = self._ended.get(session_id)
+    def _number_owner(self, name: str) -> int:
+        number = self._owner_numbers.setdefault(name, len(self._owner_names))
+        if number == len(self._owner_names):
+            self._owner_names.append(name)
+        return number
+
+    def _refuse_unknown(self, session_id: int, owner: str | None) -> Refusal:
+        ended = self.ended(session_id, owner)
         if ended is None:
             return unknown_session(session_id, self._server_epoch)
         how = "closed" if ended.reason == pb.SESSION_CLOSED else "idle for too long"

@@ -122,6 +122,7 @@ class Stepper:
             columns.refused,
             policy.newest.version,
             self.door,
+            columns.owners,
             columns.replayed,
             policy.versions,
         )

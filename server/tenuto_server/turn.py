@@ -27,6 +27,8 @@ class StepColumns:
     """Rows whose form is right, as columns of n."""
 
     session_ids: NDArray[np.uint64]
+    owners: NDArray[np.int32]
+    """Numbers that the session table gave to who calls; -1 where it has no session of theirs."""
     step_indices: NDArray[np.uint64]
     episode_starts: NDArray[np.bool_]
     rewards: NDArray[np.float32]
@@ -43,6 +45,7 @@ class StepColumns:
         rows = slice(call.first, call.first + call.num_rows)
         return StepColumns(
             self.session_ids[rows],
+            self.owners[rows],
             self.step_indices[rows],
             self.episode_starts[rows],
             self.rewards[rows],
@@ -86,6 +89,8 @@ class Turn:
         self.policy = policy
         self.calls: list[StepCall] = []
         self._session_ids: list[int] = []
+        self._owners: list[int] = []
+        """Of each call."""
         self._step_indices: list[int] = []
         self._episode_starts: list[bool] = []
         self._rewards: list[float] = []
@@ -106,6 +111,7 @@ class Turn:
         call.first = len(self._session_ids)
         self.calls.append(call)
         self._session_ids.append(request.session_id)
+        self._owners.append(self.policy.sessions.owner_number(call.principal.name))
         self._step_indices.append(request.step_index)
         self._episode_starts.append(request.episode_start)
         self._rewards.append(request.reward if request.HasField("reward") else nan)
@@ -123,6 +129,7 @@ class Turn:
         self.calls.append(call)
         # A slice is far cheaper than reading protobuf's list element by element.
         self._session_ids += request.session_ids[:]
+        self._owners.append(self.policy.sessions.owner_number(call.principal.name))
         self._step_indices += request.step_indices[:]
         self._episode_starts += request.episode_starts[:] or [False] * n
         self._rewards += request.rewards[:] or [nan] * n
@@ -164,6 +171,7 @@ class Turn:
             refused = {row: as_refusal(error) for row, error in codec.refused_rows(rows).items()}
             self._columns = StepColumns(
                 np.array(self._session_ids, np.uint64),
+                np.repeat(np.array(self._owners, np.int32), [call.num_rows for call in self.calls]),
                 np.array(self._step_indices, np.uint64),
                 np.array(self._episode_starts, np.bool_),
                 np.array(self._rewards, np.float32),

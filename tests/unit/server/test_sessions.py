@@ -185,6 +185,91 @@ def test_ended_sessions_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyP
     assert reasons(admit(table, [10], [0])) == {0: pb.SESSION_UNKNOWN}
 
 
+def told(refusal: Refusal) -> tuple[Any, ...]:
+    """All that a caller can learn from a refusal."""
+    return refusal.code, refusal.reason, str(refusal), refusal.metadata
+
+
+def test_to_another_principal_a_session_is_as_unknown_as_one_that_never_was() -> None:
+    def answers(table: SessionTable) -> list[Any]:
+        """What bob is told about session 7 in every state that it can be in, alice's or nobody's."""
+        heard: list[Any] = []
+
+        def ask() -> None:
+            mine = table.open(8, OPTIONS, 0.0, "bob")
+            owners = np.full(2, table.owner_number("bob"), np.int32)
+            for index in (0, 1, 2):
+                columns = np.array([7, 8], np.uint64), np.full(2, index, np.uint64), np.zeros(2, np.bool_)
+                admission = table.admit(*columns, {}, 1, False, owners)
+                assert admission.slots[0] == CAPACITY and 0 not in admission.run and not admission.joined
+                heard.append(told(admission.refused[0]))
+                table.release(admission.slots[admission.run], 0.0)
+            assert table.next_index[mine] == 0
+            with pytest.raises(Refusal) as caught:
+                table.find(7, "bob")
+            heard.append(told(caught.value))
+            heard.append((table.ended(7, "bob"), table.has(7, "bob"), table.session_ids("bob")))
+
+        ask()
+        if table.owner_number("alice") > 0:
+            slot = table.find(7, "alice")
+            number = np.full(1, table.owner_number("alice"), np.int32)
+            running = table.admit(
+                np.array([7], np.uint64), np.array([0], np.uint64), np.ones(1, np.bool_), {}, 1, False, number
+            )
+            table.ticket[slot] = "alice's ticket"
+            ask()
+            commit(table, running)
+            ask()
+            table.end(slot, pb.SESSION_CLOSED)
+        else:
+            ask()
+            ask()
+        ask()
+        return heard
+
+    with_session = SessionTable(CAPACITY, server_epoch=9)
+    with_session.open(7, OPTIONS, 0.0, "alice")
+    without = SessionTable(CAPACITY, server_epoch=9)
+    without.open(9, OPTIONS, 0.0, "")
+    assert answers(with_session) == answers(without)
+
+
+def test_a_principal_without_a_session_is_told_of_none(table: SessionTable) -> None:
+    table.open(7, OPTIONS, 0.0, "alice")
+    table.end(table.open(6, OPTIONS, 0.0, "alice"), pb.SESSION_CLOSED)
+    nobody = np.full(3, table.owner_number("bob"), np.int32)
+    columns = np.array([6, 7, 8], np.uint64), np.zeros(3, np.uint64), np.zeros(3, np.bool_)
+    refused = table.admit(*columns, {}, 1, False, nobody).refused
+    assert {row: refusal.reason for row, refusal in refused.items()} == dict.fromkeys(range(3), pb.SESSION_UNKNOWN)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_id_of_somebody_else_cannot_be_opened_and_tells_nothing_else(table: SessionTable, ended: bool) -> None:
+    slot = table.open(7, OPTIONS, 0.0, "alice")
+    if ended:
+        table.end(slot, pb.SESSION_EXPIRED)
+    with pytest.raises(Refusal) as others:
+        table.open(7, OPTIONS, 0.0, "bob")
+    used = table.open(5, OPTIONS, 0.0, "bob")
+    table.next_index[used] = 3
+    with pytest.raises(Refusal) as own:
+        table.open(5, OPTIONS, 0.0, "bob")
+    assert told(others.value) == tuple(
+        part.replace("session 5", "session 7") if isinstance(part, str) else part for part in told(own.value)
+    )
+
+
+def test_owners_see_their_own_sessions_and_who_may_see_all_sees_all(table: SessionTable) -> None:
+    for session_id, owner in ((3, "alice"), (1, "bob"), (2, "alice")):
+        table.open(session_id, OPTIONS, 0.0, owner)
+    assert [table.session_ids(owner) for owner in ("alice", "bob", "carol", None)] == [[2, 3], [1], [], [1, 2, 3]]
+    assert table.owner_name(table.find(2, None)) == "alice"
+    reused = table.find(1, "bob")
+    table.end(reused, pb.SESSION_CLOSED)
+    assert table.open(4, OPTIONS, 0.0, "carol") == reused and table.owner_name(reused) == "carol"
+
+
 def test_a_slot_changes_its_generation_with_its_owner() -> None:
     pool = SlotPool(2)
     slot = pool.lease()
