@@ -133,7 +133,7 @@ class StateArena:
     def write_row(self, slot: int, row: Sequence[NDArray[Any]]) -> None:
         """Set the state of a slot from the host: by dtype, as a row of :meth:`read_rows`."""
         for matrix, values in zip(self.matrices.values(), row, strict=True):
-            matrix[slot] = torch.from_numpy(values).to(self.device)
+            matrix[slot] = torch.tensor(values, device=self.device)
 
     def read(self, slot: int) -> dict[str, NDArray[Any]]:
         """Copy one session's state to the host: name -> ``[*shape]``."""

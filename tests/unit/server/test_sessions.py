@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import SlotPool
 from tenuto_server.errors import Refusal
-from tenuto_server.sessions import Admission, ReplyStore, SessionOptions, SessionTable
+from tenuto_server.sessions import Admission, Door, ReplyStore, SessionOptions, SessionTable
 
 OPTIONS = SessionOptions(pinned_version=0, seed=1, deterministic=False)
 CAPACITY = 4
@@ -23,7 +23,7 @@ def admit(table: SessionTable, ids: list[int], indices: list[int], newest: int =
     n = len(ids)
     starts = np.array(options.pop("starts", [False] * n))
     columns = np.array(ids, np.uint64), np.array(indices, np.uint64), starts
-    return table.admit(*columns, options.pop("refused", {}), newest, options.pop("draining", False))
+    return table.admit(*columns, options.pop("refused", {}), newest, options.pop("door", Door.OPEN))
 
 
 def commit(table: SessionTable, admission: Admission, now_s: float = 0.0, reward: float = np.nan) -> Any:
@@ -120,8 +120,8 @@ def test_idle_sessions_are_found_by_the_clock_that_is_handed_in(table: SessionTa
 def test_draining_finishes_episodes_but_begins_none(table: SessionTable) -> None:
     table.open(7, OPTIONS, 0.0)
     commit(table, admit(table, [7], [0]))
-    assert reasons(admit(table, [7], [1], starts=[True], draining=True)) == {0: pb.DRAINING}
-    assert admit(table, [7], [1], draining=True).run.tolist() == [0]
+    assert reasons(admit(table, [7], [1], starts=[True], door=Door.NO_EPISODES)) == {0: pb.DRAINING}
+    assert admit(table, [7], [1], door=Door.NO_EPISODES).run.tolist() == [0]
 
 
 def test_rewards_belong_to_the_episode_of_the_action_before(table: SessionTable) -> None:
@@ -200,7 +200,7 @@ def test_to_another_principal_a_session_is_as_unknown_as_one_that_never_was() ->
             owners = np.full(2, table.owner_number("bob"), np.int32)
             for index in (0, 1, 2):
                 columns = np.array([7, 8], np.uint64), np.full(2, index, np.uint64), np.zeros(2, np.bool_)
-                admission = table.admit(*columns, {}, 1, False, owners)
+                admission = table.admit(*columns, {}, 1, Door.OPEN, owners)
                 assert admission.slots[0] == CAPACITY and 0 not in admission.run and not admission.joined
                 heard.append(told(admission.refused[0]))
                 table.release(admission.slots[admission.run], 0.0)
@@ -215,7 +215,7 @@ def test_to_another_principal_a_session_is_as_unknown_as_one_that_never_was() ->
             slot = table.find(7, "alice")
             number = np.full(1, table.owner_number("alice"), np.int32)
             running = table.admit(
-                np.array([7], np.uint64), np.array([0], np.uint64), np.ones(1, np.bool_), {}, 1, False, number
+                np.array([7], np.uint64), np.array([0], np.uint64), np.ones(1, np.bool_), {}, 1, Door.OPEN, number
             )
             table.ticket[slot] = "alice's ticket"
             ask()
@@ -240,7 +240,7 @@ def test_a_principal_without_a_session_is_told_of_none(table: SessionTable) -> N
     table.end(table.open(6, OPTIONS, 0.0, "alice"), pb.SESSION_CLOSED)
     nobody = np.full(3, table.owner_number("bob"), np.int32)
     columns = np.array([6, 7, 8], np.uint64), np.zeros(3, np.uint64), np.zeros(3, np.bool_)
-    refused = table.admit(*columns, {}, 1, False, nobody).refused
+    refused = table.admit(*columns, {}, 1, Door.OPEN, nobody).refused
     assert {row: refusal.reason for row, refusal in refused.items()} == dict.fromkeys(range(3), pb.SESSION_UNKNOWN)
 
 
