@@ -114,6 +114,8 @@ class Durability:
         self._clock, self._interval_s, self._io = clock, interval_s, io
         self._ended: dict[int, int] = {}
         """Sessions to drop from the store, and how many steps they had."""
+        self._waiting: set[int] = set()
+        """Sessions in a store of this server's own that are still to be restored."""
         self._refused: set[int] = set()
         """Sessions in the store that this server cannot go on with."""
         self._one_at_a_time = asyncio.Lock()
@@ -125,8 +127,13 @@ class Durability:
 
     @property
     def is_shared(self) -> bool:
-        """Whether a session that nobody here knows may be in the store."""
+        """Whether other servers use the store too."""
         return self._store.is_shared
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a session that nobody here knows may be in the store."""
+        return self.is_shared or len(self._waiting) > 0
 
     def begin(self, session_id: int) -> None:
         """A session begins from its first step on: what the store has of it and nobody could go on from is dropped."""
@@ -210,24 +217,49 @@ class Durability:
 
     # ------------------------------------------------------------------ into the process
 
-    async def restore_all(self) -> None:
-        """Go on with every session of a store that is this server's own. Raises StoreError."""
-        began_s, num_restored = self._clock(), 0
-        ids: list[int] = await self._io(self._store.session_ids)
+    async def prepare(self) -> None:
+        """Find out which sessions a store that is this server's own holds. Raises StoreError."""
+        if not self.is_shared:
+            self._waiting = set(await self._io(self._store.session_ids))
+
+    async def restore(self) -> None:
+        """Go on with the sessions that wait for it and whose policy is served by now."""
+        if not self._waiting:
+            return
+        began_s, num_restored, ids = self._clock(), 0, sorted(self._waiting)
         for first in range(0, len(ids), _GROUP):
             chunk = ids[first : first + _GROUP]
-            found: list[StoredSession] = await self._io(lambda chunk=chunk: self._store.read(chunk))
+            try:
+                found: list[StoredSession] = await self._io(lambda chunk=chunk: self._store.read(chunk))
+            except StoreError as error:
+                # They go on waiting.
+                log.error("sessions cannot be restored: %s", error)
+                return
             for stored in found:
-                num_restored += await self._restore(stored)
-        if ids:
-            took_s = self._clock() - began_s
-            log.info("restored %d of %d sessions in %.2f s", num_restored, len(ids), took_s)
+                if self._is_served(stored):
+                    num_restored += await self._restore(stored)
+                    self._waiting.discard(stored.session_id)
+        took_s = self._clock() - began_s
+        log.info("restored %d of %d sessions in %.2f s", num_restored, len(ids), took_s)
+        if self._waiting:
+            log.warning("%d sessions wait for their policy to be served", len(self._waiting))
+
+    def _is_served(self, stored: StoredSession) -> bool:
+        """Whether the session's policy is served; also where there is no policy to wait for."""
+        try:
+            return self._registry.get(unseal(from_stored(stored.snapshot)).policy_name) is not None
+        except SnapshotError:
+            return True
 
     async def fetch(self, session_ids: Iterable[int]) -> None:
         """Go on with those of some sessions that are in a shared store, and further there than here.
 
-        Raises Refusal (UNAVAILABLE) where the store does not answer.
+        Raises Refusal (STORE_UNAVAILABLE) where the store does not answer, or one of them is still to be restored.
         """
+        if not self.is_shared:
+            if not self._waiting.isdisjoint(session_ids):
+                raise Refusal(pb.STORE_UNAVAILABLE, "the session is about to be restored")
+            return
         mine = [i for i in session_ids if i not in self._fetching]
         others = [self._fetching[i] for i in session_ids if i in self._fetching]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -25,7 +25,7 @@ from tenuto_server.batcher import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine, choose_device
-from tenuto_server.errors import ConfigurationError
+from tenuto_server.errors import ConfigurationError, StoreError
 from tenuto_server.guard import guarded
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import READY, Metrics, MetricsServer
@@ -101,10 +101,15 @@ class Server:
         """Have steps and versions looked for in the store, and the replies say what it holds."""
         self.stepper.is_durable = True
         self.stepper.want_version = self._want_version
-        if durability.is_shared:
-            self.intake.fetch = durability.fetch
-        else:
-            self.reloader.on_first_scan = durability.restore_all
+        self.intake.fetch = durability.fetch
+        self.reloader.on_scan = self._restore
+
+    async def _restore(self) -> None:
+        """Go on with the sessions of policies that are served by now."""
+        assert self.durability is not None
+        await self.durability.restore()
+        if not self.durability.has_more:
+            self.intake.fetch = None
 
     def _want_version(self, policy: ServedPolicy, version: int) -> None:
         if (policy.name, version) not in self._wanted:
@@ -115,6 +120,11 @@ class Server:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain. Raises ConfigurationError where a port is taken."""
+        if self.durability is not None:
+            try:
+                await self.durability.prepare()
+            except StoreError as error:
+                raise ConfigurationError(f"durability: {error}") from error
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._on_signal)

@@ -44,8 +44,8 @@ class Reloader:
     ) -> None:
         self._registry, self._engine, self._metrics, self._config = registry, engine, metrics, config
         self._repository, self._epoch, self._clock = config.repository, epoch, clock
-        self.on_first_scan: Callable[[], Awaitable[None]] | None = None
-        """Awaited when what was in the repository at the start is served, and before the server is ready."""
+        self.on_scan: Callable[[], Awaitable[None]] | None = None
+        """Awaited after each look at the repository, the first time before the server is ready."""
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
         self._one_at_a_time = asyncio.Lock()
@@ -57,8 +57,6 @@ class Reloader:
     async def watch(self, poll_s: float, stop: asyncio.Event) -> None:
         """Scan now, at every change of the repository and every ``poll_s`` seconds, until ``stop``."""
         await self._scan_safely()
-        if self.on_first_scan is not None:
-            await self.on_first_scan()
         # What is loaded by now lives as long as the process: without this, a full collection of garbage walks through
         # all of it and makes the steps of that moment wait some 200 ms.
         gc.collect()
@@ -81,6 +79,8 @@ class Reloader:
     async def _scan_safely(self) -> None:
         try:
             await self.scan()
+            if self.on_scan is not None:
+                await self.on_scan()
         except ConfigurationError:
             raise
         except Exception:

@@ -221,13 +221,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         )
 
     async def _fetch(self, session_id: int) -> None:
-        """Look for a session that is not here in a store that other servers use too. Raises Refusal."""
-        if (
-            self._durability is not None
-            and self._durability.is_shared
-            and not self._registry.of_session(session_id, None)
-        ):
-            await self._durability.fetch([session_id])
+        """Look in the store for a session that is not here. Raises Refusal."""
+        durability = self._durability
+        if durability is not None and durability.has_more and self._registry.of_session(session_id, None) is None:
+            await durability.fetch([session_id])
 
     def _describe(self, policy: ServedPolicy, slot: int) -> pb.Session:
         s = policy.sessions

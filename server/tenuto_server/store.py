@@ -1,7 +1,7 @@
 """Where snapshots of sessions are kept while their server is gone: the interface, and a file of SQLite's.
 
 A store knows nothing of sessions but their ids and how many steps they have taken. It never goes back: of two snapshots
-of a session the one with more steps stays, whoever writes last. A session has one client, so one is a part of the other.
+of a session the one with more steps stays, whoever writes last. It has one client, so one is a part of the other.
 """
 
 from __future__ import annotations

@@ -358,3 +358,52 @@ def test_steps_go_on_while_redis_is_away_and_are_saved_when_it_is_back(tmp_path:
             assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
             redis.start()
             wait_until(lambda: durable_step(server, session.id) == N, "the steps to be saved")
+
+
+def test_a_session_that_is_about_to_be_restored_is_not_unknown(tmp_path: Path, repository: Path) -> None:
+    flags = ("--durability", f"sqlite:{tmp_path / 'sessions.db'}")
+    with ServerProcess(repository, *flags) as server:
+        session = WireSession(server, "policy")
+        session.step(OBSERVED[0])
+        server.terminate()
+        server.wait()
+    (repository / "policy").rename(tmp_path / "away")
+    with ServerProcess(repository, *flags, wait=False) as server:
+        at(server, session)
+        code, reason, _ = refused(session.step, OBSERVED[1])
+        assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+        assert refused(server.stub.CloseSession, pb.CloseSessionRequest(session_id=5))[1] == "SESSION_UNKNOWN"
+        (tmp_path / "away").rename(repository / "policy")
+        wait_until(lambda: server.metric("tenuto_sessions_restored_total") == 1, "the session to be restored")
+        assert session.step(OBSERVED[1]).step_index == 1
+
+
+def test_a_disk_that_is_full_stops_no_step_and_is_told_of(tmp_path: Path, repository: Path) -> None:
+    full = tmp_path / "full"
+    fault = f"""
+import pathlib, resource, signal
+from tenuto_server.store import SQLiteStore
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def write(self, sessions, ended, unharmed=SQLiteStore.write):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft = 4096 if pathlib.Path({str(full)!r}).exists() else hard
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return unharmed(self, sessions, ended)
+SQLiteStore.write = write
+"""
+    flags = ("--durability", f"sqlite:{tmp_path / 'sessions.db'}", "--snapshot-interval-s", "0.05")
+    with ServerProcess(repository, *flags, fault=fault) as server:
+        session = WireSession(server, "policy")
+        session.step(OBSERVED[0])
+        wait_until(lambda: durable_step(server, session.id) == 1, "the step to be saved")
+        full.touch()
+        others = [WireSession(server, "policy") for _ in range(20)]
+        wait_until(lambda: server.metric("tenuto_snapshot_failures_total") > 0, "a failure to be counted")
+        for observed in OBSERVED[1:N]:
+            session.step(observed)
+        assert session.step(OBSERVED[N - 1], index=N - 1).durable_step < N
+        wait_until(lambda: server.metric("tenuto_unsaved_seconds") > 0.5, "the time to be told")
+        assert server.http("/readyz")[0] == 200 and sum("not saved" in line for line in server.log) == 1
+        full.unlink()
+        wait_until(lambda: durable_step(server, session.id) == N, "the steps to be saved")
+        assert durable_step(server, others[-1].id) == 0 and any("saved again" in line for line in server.log)
