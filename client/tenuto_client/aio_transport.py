@@ -56,7 +56,7 @@ class AioTransport:
                 answer = await self._stepped(step, session.first_attempt_s)
                 result = step.success(answer)
                 if result is not None:
-                    session.applied()
+                    session.applied(result)
                     return result
                 program, answers = session.settle(step), [answer]
         return await self.run(program, answers)
@@ -84,6 +84,10 @@ class AioTransport:
             return stop.value
         finally:
             program.close()
+
+    def to(self, address: str) -> AioTransport:
+        """Return a transport to another address that is otherwise the same."""
+        return AioTransport(address, self._credentials, stream=self._uses_stream, shared=self._is_shared)
 
     async def close(self) -> None:
         """Close the channel; calls under way fail."""

@@ -13,8 +13,8 @@ from tenuto_client.effects import Call, Program
 from tenuto_client.errors import TenutoError
 from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.retry import Deadline, attempt_all, noticing
-from tenuto_client.served import ServedPolicy
-from tenuto_client.session import CLOSE_TIMEOUT_S, open_request, refresh_policy
+from tenuto_client.served import ServedPolicy, refresh_policy
+from tenuto_client.session import CLOSE_TIMEOUT_S, open_request
 from tenuto_proto.v1 import policy_pb2 as pb
 
 Errors = dict[int, TenutoError]

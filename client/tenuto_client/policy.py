@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +110,28 @@ class RemotePolicy:
         """
         return self._transport.step(self._session, observation, episode_start, reward)
 
+    def move(self, address: str) -> None:
+        """Go on with the session, in the middle of its episode, at another server, with the same credentials.
+
+        That server must serve the episode's version with the same weights. Where it cannot go on (SnapshotError,
+        CapacityError, ServerUnavailableError and others), the session goes on where it was. A step whose outcome is
+        unknown stays so, and is settled there by the next call. Safe to repeat.
+        """
+        there = self._transport.to(address)
+        try:
+            self._transport.run(self._session.export())
+            try:
+                there.run(self._session.import_here())
+            except TenutoError:
+                with suppress(TenutoError):
+                    self._transport.run(self._session.thaw())
+                raise
+        except BaseException:
+            there.close()
+            raise
+        here, self._transport = self._transport, there
+        here.close()
+
     def close(self, reward: float | None = None) -> None:
         """End the session, with the reward of its last action, and the connection. Repeating it does nothing."""
         if not self._transport.is_closed:
@@ -192,6 +215,23 @@ class AsyncRemotePolicy:
     async def step(self, observation: Any, *, episode_start: bool = False, reward: float | None = None) -> StepResult:
         """As RemotePolicy.step. Cancelling it leaves the outcome unknown, which the next call settles."""
         return await self._transport.step(self._session, observation, episode_start, reward)
+
+    async def move(self, address: str) -> None:
+        """As RemotePolicy.move."""
+        there = self._transport.to(address)
+        try:
+            await self._transport.run(self._session.export())
+            try:
+                await there.run(self._session.import_here())
+            except TenutoError:
+                with suppress(TenutoError):
+                    await self._transport.run(self._session.thaw())
+                raise
+        except BaseException:
+            await there.close()
+            raise
+        here, self._transport = self._transport, there
+        await here.close()
 
     async def close(self, reward: float | None = None) -> None:
         """As RemotePolicy.close."""

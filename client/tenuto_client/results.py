@@ -46,6 +46,8 @@ class StepResult:
     """The version of the policy that chose the action."""
     step_index: int
     timings: Timings
+    durable_step: int | None = None
+    """How many of the session's steps outlive the server process, as far as it is known; None where none does."""
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,5 @@ class VectorStepResult:
     errors: Mapping[int, TenutoError]
     """Row -> why it has no action, ascending; empty unless ``raise_errors=False`` was asked for."""
     timings: Timings
+    durable_steps: NDArray[np.uint64] | None = None
+    """``[N]``, as StepResult.durable_step, 0 where there is no action; None where no session outlives its server."""

@@ -18,6 +18,7 @@ from tenuto_client.errors import (
     MissingExtraError,
     PolicyUnknownError,
     ServerUnavailableError,
+    SpaceMismatchError,
     TenutoError,
     UnexpectedReplyError,
     error_from_wire,
@@ -150,12 +151,17 @@ class ServedPolicy:
         return self.wire.action_space.WhichOneof("kind") == "discrete"
 
     @cached_property
+    def observation_bytes(self) -> int:
+        """Of one observation."""
+        return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.codec.leaves)
+
+    @cached_property
     def max_rows(self) -> int:
         """Steps that surely fit the server's limits on rows and bytes of a request; 0: perhaps not even one."""
         most = self.max_batch_rows or 2**31
         if not self.max_message_bytes:
             return most
-        row_bytes = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in self.codec.leaves) + _ROW_OVERHEAD_BYTES
+        row_bytes = self.observation_bytes + _ROW_OVERHEAD_BYTES
         return min(most, max(self.max_message_bytes - _REQUEST_OVERHEAD_BYTES, 0) // row_bytes)
 
     def refuse_too_large(self, request: Message) -> None:
@@ -204,3 +210,13 @@ def find_policy(
     request = pb.GetPolicyRequest(policy_name=options.policy_name, version=options.version)
     reply = yield from attempt(make_call, deadline, noticing(should_retry, on_wait))
     return ServedPolicy.from_wire(reply)
+
+
+def refresh_policy(
+    options: PolicyOptions, known: ServedPolicy | None, deadline: Deadline, *, wait: bool, on_wait: OnWait = None
+) -> Program[ServedPolicy]:
+    """Find the policy (again). Raises SpaceMismatchError where it is no longer the known one."""
+    found = yield from find_policy(options, deadline, wait=wait, on_wait=on_wait)
+    if known is not None and not found.has_spaces_of(known):
+        raise SpaceMismatchError(f"policy {found.policy_name!r}: its spaces have changed since it was first used")
+    return found

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tenuto_client.batch import ObservationBatch, ResultBuilder, Rows
+from tenuto_client.durable import waits_out
 from tenuto_client.effects import Call, Calls, Program, Sleep
 from tenuto_client.errors import (
     MessageTooLargeError,
@@ -27,13 +28,7 @@ from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.results import VectorStepResult
 from tenuto_client.retry import Deadline, is_ambiguous, is_transient
 from tenuto_client.served import ServedPolicy
-from tenuto_client.session import (
-    OneAtATime,
-    connect_deadline,
-    is_stuck,
-    may_open_later,
-    needs_new_session,
-)
+from tenuto_client.session import OneAtATime, connect_deadline, is_stuck, needs_new_session
 from tenuto_proto.v1 import policy_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -125,7 +120,7 @@ class SessionRows:
         missing = rows[self.session_ids[rows] == 0].tolist()
         if self.served is None or missing:
             deadline, wait = connect_deadline(self.options, self.served)
-            errors = yield from self._open(missing, deadline, may_open_later, wait=wait, on_wait=on_wait)
+            errors = yield from self._open(missing, deadline, waits_out, wait=wait, on_wait=on_wait)
             if errors:
                 yield from self._open_rows.close(missing, np.full(self.num_envs, np.nan, np.float32))
                 raise next(iter(errors.values()))

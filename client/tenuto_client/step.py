@@ -4,7 +4,7 @@ I/O; session.py says what a session may send, the transports send it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -27,7 +27,7 @@ Answer = StepResult | TenutoError
 class Step:
     """One observation on its way, the same however often it is sent."""
 
-    __slots__ = ("begins", "form", "leaves", "reward", "session_id", "step_index")
+    __slots__ = ("begins", "form", "leaves", "replayed_version", "reward", "session_id", "step_index")
 
     def __init__(
         self,
@@ -42,6 +42,14 @@ class Step:
         self.form, self.session_id, self.step_index, self.leaves = form, session_id, step_index, leaves
         # Checked here, since what cannot be sent would spoil the message of others.
         self.begins, self.reward = bool(begins), None if reward is None else float(reward)
+        self.replayed_version = 0
+        """The version that answered it, where it is sent again because a restart has undone it; else 0."""
+
+    def replay(self, form: StepForm, version: int) -> Step:
+        """Return the step as it is sent again after ``version`` had answered it. ``form``: one for replays."""
+        again = Step(form, self.session_id, self.step_index, self.begins, self.reward, self.leaves)
+        again.replayed_version = version
+        return again
 
     def request(self) -> pb.StepRequest:
         """Return the message of a unary call."""
@@ -52,6 +60,7 @@ class Step:
             observation=self.form.served.codec.tensors(self.leaves, None),
             reward=self.reward,
             outputs=self.form.outputs,
+            replayed_version=self.replayed_version,
         )
 
     def call(self, timeout_s: float) -> Call:
@@ -69,6 +78,12 @@ class Step:
         except UnexpectedReplyError:
             return None
 
+    def read(self, answer: pb.StepResponse | StepResult) -> StepResult:
+        """Return the result that an answer is or holds. Raises UnexpectedReplyError."""
+        if answer.step_index != self.step_index:
+            raise UnexpectedReplyError(f"reply: got step index {answer.step_index}, expected {self.step_index}")
+        return answer if isinstance(answer, StepResult) else self.result(answer)
+
     def result(self, reply: pb.StepResponse) -> StepResult:
         """Read the answer to a unary call. Raises UnexpectedReplyError."""
         served = self.form.served
@@ -80,17 +95,28 @@ class Step:
             version=reply.version,
             step_index=reply.step_index,
             timings=Timings.from_wire(reply.timings),
+            durable_step=reply.durable_step if self.form.durable else None,
         )
 
 
 class StepForm:
     """What the steps of an open session have in common. Those whose ``key`` is equal may share a message."""
 
-    def __init__(self, served: ServedPolicy, server_epoch: int, options: PolicyOptions) -> None:
-        """``server_epoch``: of the server that opened the session."""
-        self.served, self.server_epoch = served, server_epoch
+    def __init__(
+        self,
+        served: ServedPolicy,
+        server_epoch: int,
+        options: PolicyOptions,
+        *,
+        durable: bool = False,
+        replays: bool = False,
+    ) -> None:
+        """``server_epoch``: of the server that has the session. ``durable``: the session outlives that server.
+        ``replays``: all steps have a replayed version.
+        """
+        self.served, self.server_epoch, self.durable, self.replays = served, server_epoch, durable, replays
         self.outputs = options.outputs_to_wire()
-        self.key = (served.policy_name, server_epoch, options.outputs)
+        self.key = (served.policy_name, server_epoch, options.outputs, durable, replays)
 
     def join(self, steps: Sequence[Step], timeout_s: float) -> pb.StepBatchRequest:
         """Return one message of steps of this form, which may wait for the device for ``timeout_s``."""
@@ -106,6 +132,8 @@ class StepForm:
         if True in starts:
             request.episode_starts.extend(starts)
         request.rewards.extend([np.nan if step.reward is None else step.reward for step in steps])
+        if self.replays:
+            request.replayed_versions.extend([step.replayed_version for step in steps])
         return request
 
     def cut(self, steps: Sequence[Step], reply: pb.StepBatchResponse) -> Sequence[Answer]:
@@ -140,12 +168,21 @@ class StepForm:
             self._logits(reply.logits, n) if reply.HasField("logits") else repeat(None),
             versions,
             steps,
+            self._durable_steps(reply, n),
             strict=False,
         )
         return [
-            StepResult(action, value, log_prob, logits, version, step.step_index, timings)
-            for action, value, log_prob, logits, version, step in rows
+            StepResult(action, value, log_prob, logits, version, step.step_index, timings, durable_step)
+            for action, value, log_prob, logits, version, step, durable_step in rows
         ]
+
+    def _durable_steps(self, reply: pb.StepBatchResponse, num_rows: int) -> Iterable[int | None]:
+        if not self.durable:
+            return repeat(None)
+        durable_steps = reply.durable_steps[:]
+        if len(durable_steps) not in (0, num_rows):
+            raise UnexpectedReplyError(f"reply: got {len(durable_steps)} durable steps, expected {num_rows}")
+        return durable_steps or repeat(0)
 
     def _logits(self, tensor: pb.Tensor, num_rows: int) -> list[NDArray[np.float32]]:
         array = self.served.array(tensor)

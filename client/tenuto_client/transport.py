@@ -64,6 +64,7 @@ class Transport:
         Raises ValueError for an address at which no server can be.
         """
         check_address(address)
+        self._credentials = credentials
         if credentials is None:
             self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
         else:
@@ -83,7 +84,7 @@ class Transport:
                 answer = self._stepped(step, session.first_attempt_s)
                 result = step.success(answer)
                 if result is not None:
-                    session.applied()
+                    session.applied(result)
                     return result
                 program, answers = session.settle(step), [answer]
         return self.run(program, answers)
@@ -109,6 +110,10 @@ class Transport:
             return stop.value
         finally:
             program.close()
+
+    def to(self, address: str) -> Transport:
+        """Return a transport to another address that is otherwise the same."""
+        return Transport(address, self._credentials, stream=self._stream is not None)
 
     def close(self) -> None:
         """Close the channel; calls under way fail."""

@@ -413,10 +413,11 @@ def test_the_usual_step_is_the_one_that_the_program_would_send(outside: Outside)
     session = started(outside)
     step = begun(session, observation(0.5, mode=2), True, 1.5)
     assert (step.session_id, step.step_index, step.begins, step.reward) == (session.session_id, 1, True, 1.5)
-    session.applied()
+    result = step.read(outside.faultless(step.call(1.0)))
+    session.applied(result)
     assert session.step_index == 2
     assert not begun(session, observation(), False, None).begins
-    session.applied()
+    session.applied(result)
     session.reset()
     assert begun(session, observation(), False, None).begins
 
