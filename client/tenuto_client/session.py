@@ -114,6 +114,7 @@ class Session:
         """Sent, and perhaps applied; the same step_index must not be used for another observation."""
         self._began_s = 0.0
         """When the usual step that is under way began, by the clock of the options."""
+        self._budget = options.timing.budget
 
     def reset(self) -> None:
         """Mark that the next step begins an episode."""
@@ -153,6 +154,7 @@ class Session:
         """Note that the usual step was applied."""
         self._pending = None
         self.step_index += 1
+        self._budget.succeeded()
 
     def settle(self, step: Step) -> Program[StepResult]:
         """Go on with the usual step, whose first attempt has failed: that is the answer to the first effect."""
