@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
-from tenuto_server.batcher import Ticket
+from tenuto_server.batch_queue import Ticket
 from tenuto_server.errors import Refusal
 from tenuto_server.principals import ANYONE, Principal
 

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
-from tenuto_server.batcher import BatchQueue
+from tenuto_server.batch_queue import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine, choose_device

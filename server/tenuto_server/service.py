@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
-from tenuto_server.batcher import Ticket
+from tenuto_server.batch_queue import Ticket
 from tenuto_server.calls import Answer, StepCall
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine

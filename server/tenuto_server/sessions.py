@@ -23,7 +23,7 @@ from tenuto_server.arena import SlotPool, Slots
 from tenuto_server.errors import Refusal, session_exists, unknown_session
 
 if TYPE_CHECKING:
-    from tenuto_server.batcher import Ticket
+    from tenuto_server.batch_queue import Ticket
 
 _ONE = np.uint64(1)
 _NOTHING: Mapping[int, int] = MappingProxyType({})

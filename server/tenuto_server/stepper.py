@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
-from tenuto_server.batcher import Batch, Batcher, BatchQueue, Ticket, TicketState
+from tenuto_server.batch_queue import Batch, BatchQueue, Ticket, TicketState
+from tenuto_server.batcher import Batcher
 from tenuto_server.calls import StepCall
 from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.errors import Refusal
