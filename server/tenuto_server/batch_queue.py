@@ -55,7 +55,9 @@ class Ticket:
     """Rows of a settled ticket that were not applied although the others were."""
     state: TicketState = TicketState.QUEUED
     party: str = ""
-    """Who waits: parties get equal shares of the device."""
+    """Who waits: a principal by its name, or, where nobody authenticates, a host. Parties get equal shares of the
+    device.
+    """
     number: int = 0
     """By which the tickets of a batch are in the order in which they came."""
 

@@ -29,6 +29,8 @@ class StepCall:
     num_rows: int = 1
     principal: Principal = ANYONE
     """Who calls; to it only its own sessions exist."""
+    party: str = ""
+    """Whose rows wait in the queue, see :class:`Ticket`."""
     first: int = 0
     """Its first row among those of its turn."""
     slots: Slots = field(init=False)
