@@ -213,6 +213,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
                 raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists, and has taken other steps")
             policy.sessions.exported[slot] = False
         else:
+            self._quotas.require_session(principal)
             if policy is not None:
                 policy.sessions.revive(session_id)
             policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name)

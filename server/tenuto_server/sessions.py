@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from tenuto_server.batch_queue import Ticket
 
 _ONE = np.uint64(1)
-_CAPACITY_RETRY_S = 1.0
-"""Seconds after which somebody may have closed a session."""
 _NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
@@ -39,6 +37,8 @@ class Door(Enum):
     SHUT = "none"
 
 
+_CAPACITY_RETRY_S = 1.0
+"""Seconds after which somebody may have closed a session."""
 MAX_REMEMBERED = 65_536
 """Ended sessions whose fate is remembered, so that a late call learns why."""
 
