@@ -63,6 +63,7 @@ class TenutoError(Exception):
         reason: str = "",
         code: grpc.StatusCode | None = None,
         metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.reason = reason
@@ -71,6 +72,8 @@ class TenutoError(Exception):
         """The gRPC status code; None where the error arose on this side."""
         self.metadata = dict(metadata or {})
         """As the reason says in the contract."""
+        self.retry_after_s = retry_after_s
+        """Seconds after which the server thinks another try makes sense; None where it did not say."""
         self.outcome_unknown = False
         """Whether the step may have been applied nevertheless. The next call settles it, see RemotePolicy.step."""
 
@@ -163,6 +166,7 @@ class RowsError(TenutoError):
             reason=first.reason,
             code=first.code,
             metadata=first.metadata,
+            retry_after_s=first.retry_after_s,
         )
         self.result = result
         self.errors = result.errors
@@ -265,27 +269,37 @@ _BY_CODE: dict[grpc.StatusCode, type[TenutoError]] = {
     # What a stopping server answers to calls that it drops.
     grpc.StatusCode.CANCELLED: ServerUnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: MessageTooLargeError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
 }
+_TOO_LARGE = "larger than max"
+"""What gRPC says of a message that is over a limit of bytes; its code is that of an overload."""
 
 
 def error_from_reason(
-    code: grpc.StatusCode, reason: int, message: str, metadata: Mapping[str, str], server_epoch: int = 0
+    code: grpc.StatusCode,
+    reason: int,
+    message: str,
+    metadata: Mapping[str, str],
+    server_epoch: int = 0,
+    retry_after_s: float | None = None,
 ) -> TenutoError:
     """Return the exception for a refusal. ``server_epoch``: that of the server which opened the session; 0: none."""
     kind = _BY_REASON.get(reason) or _BY_CODE.get(code, UnexpectedReplyError)
+    if reason not in _BY_REASON and kind is OverloadedError and _TOO_LARGE in message:
+        kind = MessageTooLargeError
     epoch = metadata.get("server_epoch", "")
     if kind is SessionUnknownError and server_epoch and epoch.isdecimal() and int(epoch) != server_epoch:
         kind = SessionLostError
         message = f"the server restarted and the session is gone ({message})"
     name = pb.ErrorReason.Name(cast("pb.ErrorReason", reason)) if reason in _BY_REASON else ""
-    return kind(message, reason=name, code=code, metadata=metadata)
+    return kind(message, reason=name, code=code, metadata=metadata, retry_after_s=retry_after_s)
 
 
 def error_from_message(error: pb.Error, server_epoch: int = 0) -> TenutoError:
     """Return the exception for an Error message: of a row, or of a whole batch on a stream."""
     code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
-    return error_from_reason(code, error.reason, error.message, dict(error.metadata), server_epoch)
+    retry_after_s = error.retry_after_ms / 1e3 if error.retry_after_ms else None
+    return error_from_reason(code, error.reason, error.message, dict(error.metadata), server_epoch, retry_after_s)
 
 
 _BROKEN = "Internal error from Core"
@@ -305,7 +319,8 @@ def error_from_rpc(error: Any, server_epoch: int = 0) -> TenutoError:
             except DecodeError:
                 continue
             if decoded is not None:
-                return error_from_reason(code, decoded[0], message, decoded[1], server_epoch)
+                reason, metadata, retry_after_s = decoded
+                return error_from_reason(code, reason, message, metadata, server_epoch, retry_after_s)
     return error_from_reason(code, pb.ERROR_REASON_UNSPECIFIED, message, {}, server_epoch)
 
 

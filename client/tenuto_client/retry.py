@@ -1,10 +1,12 @@
-"""When and how long to try again: deadlines, jittered exponential backoff, and which errors a retry can mend."""
+"""When and how long to try again: deadlines, jittered exponential backoff, the server's hints, a budget of retries, and
+which errors a retry can mend.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from tenuto_client.errors import (
     DeadlineError,
     DrainingError,
     OverloadedError,
+    QuotaExceededError,
     ServerUnavailableError,
     StepInFlightError,
     TenutoError,
@@ -31,6 +34,41 @@ _AMBIGUOUS = {
 }
 
 
+class RetryBudget:
+    """Bounds what a policy sends again to a server that has too much to do, so that retries do not keep it so.
+
+    A bucket of tokens: a retry takes one, a method that succeeds brings ``ratio`` of one, a second ``per_s`` of them.
+    So retries are at most a fifth of what succeeds, and one in a second, beyond a small reserve. A retry for which
+    there is no token waits for it. Only what an overload causes costs tokens, see :func:`is_pushback`: after a lost
+    connection or a restart the backoff is patience enough. Owned by one policy.
+    """
+
+    def __init__(self, ratio: float = 0.2, per_s: float = 1.0, reserve: float = 10.0) -> None:
+        self.ratio, self.per_s, self.reserve = ratio, per_s, reserve
+        self._tokens = reserve
+        self._counted_s: float | None = None
+        """Until when the seconds have brought theirs."""
+
+    def succeeded(self) -> None:
+        """Note that a method succeeded."""
+        self._tokens = min(self.reserve, self._tokens + self.ratio)
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds until there is a token; 0 where there is one."""
+        self._count(now_s)
+        return max(0.0, 1.0 - self._tokens) / self.per_s
+
+    def spend(self, now_s: float) -> None:
+        """Take the token of a retry that begins now or, where :meth:`wait_s` says so, later."""
+        self._count(now_s)
+        self._tokens -= 1.0
+
+    def _count(self, now_s: float) -> None:
+        if self._counted_s is not None:
+            self._tokens = min(self.reserve, self._tokens + (now_s - self._counted_s) * self.per_s)
+        self._counted_s = now_s
+
+
 @dataclass(frozen=True)
 class Timing:
     """Clock, randomness and pauses of one policy; handed in, so that tests own them."""
@@ -42,6 +80,8 @@ class Timing:
     max_pause_s: float = 1.0
     min_attempt_s: float = 0.1
     """An attempt gets half of the time that is left, but at least this."""
+    budget: RetryBudget = field(default_factory=RetryBudget, compare=False)
+    """Of the policy's retries."""
 
     def deadline(self, total_s: float) -> Deadline:
         """Start the clock of one operation."""
@@ -65,15 +105,30 @@ class Deadline:
         remaining = self.remaining_s()
         return max(min(remaining, max(remaining / 2, self.timing.min_attempt_s)), 0.001)
 
-    def pause_s(self, num_attempts: int) -> float | None:
-        """Pause before the next attempt; None where the time is up.
+    def pause_s(self, num_attempts: int, errors: Iterable[TenutoError]) -> float | None:
+        """Pause before the next attempt, which mends ``errors``; None where that would be too late.
 
-        Drawn from the upper half of an exponentially growing interval, so that clients do not come back in step.
+        Drawn from the upper half of an exponentially growing interval, so that clients do not come back in step. At
+        least as long as the server asks for, and up to half as long again for the same reason, and until the policy's
+        budget has a token, where it takes one.
         """
-        timing = self.timing
+        timing, now_s = self.timing, self.timing.clock()
         longest = min(timing.first_pause_s * 2 ** min(num_attempts - 1, 16), timing.max_pause_s)
         pause = longest * timing.rng.uniform(0.5, 1.0)
-        return pause if pause < self.remaining_s() else None
+        costs_token = False
+        hint_s = 0.0
+        for error in errors:
+            costs_token = costs_token or is_pushback(error)
+            hint_s = max(hint_s, error.retry_after_s or 0.0)
+        if hint_s:
+            pause = max(pause, hint_s * timing.rng.uniform(1.0, 1.5))
+        if costs_token:
+            pause = max(pause, timing.budget.wait_s(now_s))
+        if now_s + pause >= self.end:
+            return None
+        if costs_token:
+            timing.budget.spend(now_s)
+        return pause
 
     def give_up(self, error: TenutoError, num_attempts: int) -> TenutoError:
         """Say in the error's text how long it was tried. Modifies and returns the error."""
@@ -82,9 +137,17 @@ class Deadline:
         return error
 
 
+def is_pushback(error: TenutoError) -> bool:
+    """Whether the server has too much to do, as far as one can tell: it says so, or it does not answer in time."""
+    return isinstance(error, (OverloadedError, DeadlineError))
+
+
 def is_transient(error: TenutoError) -> bool:
     """Whether the same step may succeed when it is sent again."""
     if isinstance(error, DrainingError):
+        return False
+    if isinstance(error, QuotaExceededError) and error.metadata.get("quota") == "sessions":
+        # Only closing one helps.
         return False
     return isinstance(error, (ServerUnavailableError, DeadlineError, OverloadedError, StepInFlightError))
 
@@ -137,7 +200,7 @@ def attempt_all(
         todo = [key for key in todo if isinstance(outcomes[key], TenutoError) and should_retry(outcomes[key])]
         if not todo:
             break
-        pause_s = deadline.pause_s(num_attempts)
+        pause_s = deadline.pause_s(num_attempts, (outcomes[key] for key in todo))
         if pause_s is None:
             for key in todo:
                 deadline.give_up(outcomes[key], num_attempts)

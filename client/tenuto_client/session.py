@@ -110,6 +110,7 @@ class Session:
         """Whether it was already when the method under way began."""
         self._began_s = 0.0
         """When the usual step that is under way began, by the clock of the options."""
+        self._budget = options.timing.budget
 
     def reset(self) -> None:
         """Mark that the next step begins an episode."""
@@ -152,6 +153,7 @@ class Session:
             self._keep(result)
         self._pending = None
         self.step_index += 1
+        self._budget.succeeded()
 
     def settle(self, step: Step) -> Program[StepResult]:
         """Go on with the usual step, whose first attempt has failed: that is the answer to the first effect."""

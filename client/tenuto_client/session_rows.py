@@ -213,7 +213,7 @@ class SessionRows:
                 final.update(refused)
                 renew = [row for row in renew if row not in refused]
             if retry:
-                pause_s = deadline.pause_s(num_attempts)
+                pause_s = deadline.pause_s(num_attempts, (failed[row] for row in retry))
                 if pause_s is None:
                     for error in {id(failed[row]): failed[row] for row in retry}.values():
                         deadline.give_up(error, num_attempts)
@@ -222,6 +222,8 @@ class SessionRows:
                 else:
                     yield Sleep(pause_s)
             todo = np.array(sorted(retry + renew), np.int64)
+        if len(final) < len(rows):
+            deadline.timing.budget.succeeded()
         self._conclude(batch, final, ambiguous)
         return final
 

@@ -1,166 +1,20 @@
-"""Forms batches: which waiting steps go to the device together, when, and what becomes of those that cannot wait.
+"""Hands batches to the engine whenever the device is free, and tells what becomes of those that cannot wait.
 
-:class:`BatchQueue` holds the rules and no I/O, the clock's reading is handed in. :class:`Batcher` drives it on the
-event loop: it hands a batch to the engine whenever the device is free. Both are owned by the event loop.
+The rules are in batch_queue.py; :class:`Batcher` drives them on the event loop, which owns both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
 
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.batch_queue import Batch, BatchQueue, Ticket, TicketState
 from tenuto_server.errors import Refusal
 
 log = logging.getLogger(__name__)
-
-
-class TicketState(Enum):
-    """Where a ticket is on its way."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    DONE = "done"
-
-
-@dataclass(eq=False, slots=True)
-class Ticket:
-    """Rows of one request that run on one checkpoint. They enter one batch together or fail together."""
-
-    checkpoint: Hashable
-    """A batch runs on one checkpoint: only tickets with an equal one share it."""
-    num_rows: int
-    rows: Any
-    """What the engine needs; opaque here."""
-    enqueued_s: float
-    deadline_s: float
-    """When the rows may no longer be waiting."""
-    waiters: list[Callable[[], None]] = field(default_factory=lambda: [])
-    """Called when the ticket is settled, well or ill: one for each request that submitted or joined it."""
-    refusal: Refusal | None = None
-    """Why a settled ticket was not applied."""
-    refused: dict[int, Refusal] = field(default_factory=lambda: {})
-    """Rows of a settled ticket that were not applied although the others were."""
-    state: TicketState = TicketState.QUEUED
-
-    async def settled(self) -> None:
-        """Wait until the ticket is settled, well or ill."""
-        told = asyncio.Event()
-        if self.state is not TicketState.DONE:
-            self.waiters.append(told.set)
-            await told.wait()
-
-
-@dataclass
-class Batch:
-    """Tickets that run together."""
-
-    checkpoint: Hashable
-    tickets: list[Ticket] = field(default_factory=lambda: [])
-    num_rows: int = 0
-    taken_s: float = 0.0
-
-
-class BatchQueue:
-    """Waiting tickets, first in, first out per checkpoint."""
-
-    def __init__(self, max_batch: int, max_wait_s: float, max_rows: int) -> None:
-        self.max_batch, self.max_wait_s, self.max_rows = max_batch, max_wait_s, max_rows
-        self.num_rows = 0
-        self._lanes: dict[Hashable, deque[Ticket]] = {}
-
-    def __len__(self) -> int:
-        return sum(len(lane) for lane in self._lanes.values())
-
-    def has_room(self, num_rows: int) -> bool:
-        """Whether this many more rows may wait."""
-        return self.num_rows + num_rows <= self.max_rows
-
-    def require_room(self, num_rows: int) -> None:
-        """Raise Refusal (QUEUE_FULL) where this many more rows would be too many."""
-        if not self.has_room(num_rows):
-            message = f"waiting steps: got {self.num_rows + num_rows}, expected at most {self.max_rows}"
-            raise Refusal(pb.QUEUE_FULL, message, num_rows=num_rows)
-
-    def put(self, ticket: Ticket) -> None:
-        """Append a ticket. Its rows must fit into one batch."""
-        assert 1 <= ticket.num_rows <= self.max_batch, f"a ticket of {ticket.num_rows} rows"
-        self._lanes.setdefault(ticket.checkpoint, deque()).append(ticket)
-        self.num_rows += ticket.num_rows
-
-    def remove(self, ticket: Ticket) -> None:
-        """Take a queued ticket out."""
-        self._lanes[ticket.checkpoint].remove(ticket)
-        self.num_rows -= ticket.num_rows
-        self._forget_if_empty(ticket.checkpoint)
-
-    def expire(self, now_s: float) -> list[Ticket]:
-        """Take out and return the tickets whose deadline has passed."""
-        late = [t for lane in self._lanes.values() for t in lane if t.deadline_s <= now_s]
-        for ticket in late:
-            self.remove(ticket)
-        return late
-
-    def ready_at(self) -> float | None:
-        """When the next batch should close: the past when it is full, None when nothing waits."""
-        if not self._lanes:
-            return None
-        lane = self._next_lane()
-        if self.max_wait_s > 0 and self._is_full(lane):
-            return float("-inf")
-        return lane[0].enqueued_s + self.max_wait_s
-
-    def take(self, now_s: float) -> tuple[Batch, list[Ticket]]:
-        """Take the checkpoint whose first ticket waits longest, one with a full batch before the others, and of its
-        tickets, in order, as many as fit.
-
-        Tickets that are too late are taken out too and returned beside the batch, which may then be empty.
-        """
-        lane = self._next_lane()
-        batch, late = Batch(lane[0].checkpoint, taken_s=now_s), list[Ticket]()
-        while lane and batch.num_rows + lane[0].num_rows <= self.max_batch:
-            ticket = lane.popleft()
-            if ticket.deadline_s <= now_s:
-                late.append(ticket)
-                self.num_rows -= ticket.num_rows
-                continue
-            ticket.state = TicketState.RUNNING
-            batch.tickets.append(ticket)
-            batch.num_rows += ticket.num_rows
-        self.num_rows -= batch.num_rows
-        self._forget_if_empty(batch.checkpoint)
-        return batch, late
-
-    def drain(self) -> list[Ticket]:
-        """Take out everything."""
-        tickets = [t for lane in self._lanes.values() for t in lane]
-        self._lanes.clear()
-        self.num_rows = 0
-        return tickets
-
-    def _next_lane(self) -> deque[Ticket]:
-        if len(self._lanes) == 1:
-            return next(iter(self._lanes.values()))
-        if self.max_wait_s == 0:  # Then nothing waits for company, and the oldest comes first.
-            return min(self._lanes.values(), key=lambda lane: lane[0].enqueued_s)
-        return min(self._lanes.values(), key=lambda lane: (not self._is_full(lane), lane[0].enqueued_s))
-
-    def _is_full(self, lane: deque[Ticket]) -> bool:
-        rows = 0
-        for ticket in lane:
-            rows += ticket.num_rows
-            if rows >= self.max_batch:
-                return True
-        return False
-
-    def _forget_if_empty(self, checkpoint: Hashable) -> None:
-        if not self._lanes[checkpoint]:
-            del self._lanes[checkpoint]
 
 
 R = TypeVar("R")
@@ -277,6 +131,7 @@ class Batcher(Generic[R]):
     def _finish(self, batch: Batch, result: R | None, error: BaseException | None) -> None:
         assert self._running is batch
         self._running = None
+        self.queue.finished(batch, self._clock())
         if error is None and result is not None:
             try:
                 self._commit(batch, result)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
-from tenuto_server.batcher import Ticket
+from tenuto_server.batch_queue import Ticket
 from tenuto_server.errors import Refusal
 from tenuto_server.principals import ANYONE, Principal
 
@@ -29,6 +29,8 @@ class StepCall:
     num_rows: int = 1
     principal: Principal = ANYONE
     """Who calls; to it only its own sessions exist."""
+    party: str = ""
+    """Whose rows wait in the queue, see :class:`Ticket`."""
     first: int = 0
     """Its first row among those of its turn."""
     slots: Slots = field(init=False)

@@ -36,6 +36,9 @@ class ServerConfig:
     """Milliseconds that a step waits for company although the device is free; 0: at most 3, where many step."""
     max_queued: int = 16384
     """Rows that may wait for the device before steps are refused with QUEUE_FULL."""
+    max_queue_delay_ms: float = 500.0
+    """Milliseconds that a step may wait for the device: one that would wait longer, as the device does now, is refused
+    with QUEUE_FULL when it arrives; 0: only max_queued counts."""
     queue_timeout_s: float = 10.0
     """Seconds that a step may wait for the device at most, whatever its own deadline."""
     stall_timeout_s: float = 10.0
@@ -67,7 +70,7 @@ class ServerConfig:
         self._require("compute_threads", self.compute_threads >= 0, "at least 0")
         for name in ("snapshot_interval_s", "queue_timeout_s", "stall_timeout_s", "idle_timeout_s", "poll_s"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "more than 0")
-        for name in ("max_wait_ms", "drain_timeout_s"):
+        for name in ("max_wait_ms", "max_queue_delay_ms", "drain_timeout_s"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "at least 0")
         self._require("max_queued", self.max_queued >= self.max_batch, f"at least max_batch, {self.max_batch}")
         self._require("max_message_bytes", self.max_message_bytes >= 1024, "at least 1024")

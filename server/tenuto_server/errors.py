@@ -43,6 +43,7 @@ _CODES: dict[int, grpc.StatusCode] = {
 """Reasons that are not here are faults of the request: INVALID_ARGUMENT."""
 
 
+_MAX_RETRY_AFTER_MS = 24 * 3600 * 1000
 MAX_TEXT = 500
 """Characters of a text that leaves the server."""
 
@@ -80,13 +81,22 @@ class SnapshotError(ServerError):
 class Refusal(ServerError):
     """A request, or a row, that is not carried out. Nothing changed."""
 
-    def __init__(self, reason: int, message: str, metadata: Mapping[str, str] | None = None, num_rows: int = 1) -> None:
+    def __init__(
+        self,
+        reason: int,
+        message: str,
+        metadata: Mapping[str, str] | None = None,
+        num_rows: int = 1,
+        retry_after_s: float | None = None,
+    ) -> None:
         # Some texts quote the request; gRPC refuses to send long ones.
         super().__init__(shortened(message))
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.num_rows = num_rows
         """How many steps it concerns, for the metrics."""
+        self.retry_after_s = retry_after_s
+        """Seconds after which another try makes sense; None: not said."""
 
     @property
     def code(self) -> grpc.StatusCode:
@@ -100,7 +110,10 @@ class Refusal(ServerError):
 
     def to_wire(self) -> pb.Error:
         """Describe the refusal of one row."""
-        return pb.Error(code=self.code.value[0], reason=self.reason_name, message=str(self), metadata=self.metadata)
+        error = pb.Error(code=self.code.value[0], reason=self.reason_name, message=str(self), metadata=self.metadata)
+        if self.retry_after_s is not None:
+            error.retry_after_ms = max(1, min(round(1e3 * self.retry_after_s), _MAX_RETRY_AFTER_MS))
+        return error
 
 
 def as_refusal(error: Refusal | WireError | SnapshotError) -> Refusal:

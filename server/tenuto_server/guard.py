@@ -47,7 +47,7 @@ def _guarded(rpc: str, inner: Method, metrics: Metrics) -> Method:
             refusal = as_refusal(error)
             metrics.count_request(rpc, refusal.code.name)
             metrics.refusals.labels(refusal.reason_name).inc(refusal.num_rows)
-            details = encode_status(refusal.code, str(refusal), refusal.reason, refusal.metadata)
+            details = encode_status(refusal.code, str(refusal), refusal.reason, refusal.metadata, refusal.retry_after_s)
             await context.abort(refusal.code, str(refusal), ((STATUS_DETAILS_KEY, details),))
         except Exception:
             log.exception("%s failed", rpc)

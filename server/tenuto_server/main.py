@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import signal
 import socket
@@ -21,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
-from tenuto_server.batcher import BatchQueue
+from tenuto_server.batch_queue import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine, choose_device
@@ -59,8 +60,11 @@ class Server:
         self.metrics.queue_capacity.set(config.max_queued)
         self.registry = PolicyRegistry()
         epoch = secrets.randbits(63)
-        queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued)
+        max_delay_s = config.max_queue_delay_ms / 1000 or math.inf
+        queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued, max_delay_s)
         self.metrics.queued_rows.set_function(lambda: queue.num_rows)
+        self.metrics.queue_delay.set_function(lambda: queue.delay_s)
+        self.metrics.queue_parties.set_function(lambda: queue.num_parties)
         self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)
         self.reloader = Reloader(self.registry, self.engine, self.metrics, config, epoch, time.monotonic)
         snapshotter = Snapshotter(self.registry, self.engine, self.reloader, time.monotonic)

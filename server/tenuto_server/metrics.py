@@ -102,6 +102,13 @@ class Metrics:
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", _ROWS, r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once.", registry=r)
+        self.queue_delay = Gauge(
+            "tenuto_queue_delay_seconds", "Time that the device needs for the steps that wait, at its measured speed.",
+            registry=r,
+        )  # fmt: skip
+        self.queue_parties = Gauge(
+            "tenuto_queue_parties", "Principals, or hosts where nobody authenticates, that share the queue.", registry=r
+        )
         self.engine_busy = Counter("tenuto_engine_busy_seconds", "Time that the engine spent on batches.", registry=r)
         self.loop_lag = Histogram(
             "tenuto_event_loop_lag_seconds", "How late the event loop came back to a timer, four times a second.",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
-from tenuto_server.batcher import Ticket
+from tenuto_server.batch_queue import Ticket
 from tenuto_server.calls import Answer, StepCall
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine
@@ -26,6 +26,7 @@ from tenuto_server.intake import Intake
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.principals import ANYONE, Principal
+from tenuto_server.quotas import Quotas
 from tenuto_server.sessions import Ended, SessionOptions
 from tenuto_server.snapshots import unseal, write_snapshots
 from tenuto_server.stepper import Stepper
@@ -57,6 +58,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self._limits, self._server_epoch, self._clock = limits, server_epoch, clock
         self._snapshotter, self._durability = snapshotter, durability
         self._authenticate = authenticate
+        self._quotas = Quotas(registry, clock)
 
     # ------------------------------------------------------------------ policies and sessions
 
@@ -84,6 +86,8 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: is, or was, one of policy {other.name!r}")
         seed = request.seed if request.HasField("seed") else session_id
         known = session_id in policy.sessions
+        if not known:
+            self._quotas.require_session(principal)
         options = SessionOptions(request.version, seed, request.deterministic)
         policy.sessions.open(session_id, options, self._clock(), principal.name)
         if not known:
@@ -209,6 +213,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
                 raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists, and has taken other steps")
             policy.sessions.exported[slot] = False
         else:
+            self._quotas.require_session(principal)
             if policy is not None:
                 policy.sessions.revive(session_id)
             policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name)
@@ -262,13 +267,15 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def StepStream(self, request_iterator: AsyncIterator[pb.StepBatchRequest], context: Any) -> None:
         """Answer StepBatch messages as they finish. Everything under way is cancelled when the client vanishes."""
-        begin = partial(self._begin, self._authenticate(context), "StepStream", None)
+        principal = self._authenticate(context)
+        begin = partial(self._begin, principal, _party(principal, context), "StepStream", None)
         await StepStream(context, begin, self._stepper.leave, self._metrics).run()
 
     async def _step(self, rpc: str, request: pb.StepRequest | pb.StepBatchRequest, context: Any) -> Any:
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         principal = self._authenticate(context)
-        call = self._begin(principal, rpc, context.time_remaining(), request, partial(_resolve, answered))
+        party, remaining_s = _party(principal, context), context.time_remaining()
+        call = self._begin(principal, party, rpc, remaining_s, request, partial(_resolve, answered))
         try:
             return await answered
         except asyncio.CancelledError:
@@ -278,12 +285,17 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     def _begin(
         self,
         principal: Principal,
+        party: str,
         rpc: str,
         remaining_s: float | None,
         request: pb.StepRequest | pb.StepBatchRequest,
         answer: Callable[[Answer | Exception], None],
     ) -> StepCall:
-        """Send a request on its way. ``remaining_s``: of the call's own deadline."""
+        """Send a request on its way. ``remaining_s``: of the call's own deadline.
+
+        What there is no time or no room for is refused before anything of it is looked at: refusing must cost less than
+        serving. Raises Refusal.
+        """
         timeout_s = self._limits.queue_timeout_s
         if remaining_s is not None:
             timeout_s = min(timeout_s, remaining_s)
@@ -291,9 +303,22 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             timeout_s = min(timeout_s, request.queue_timeout_ms / 1000)
         now_s = self._clock()
         num_rows = len(request.session_ids) if isinstance(request, pb.StepBatchRequest) else 1
-        call = StepCall(rpc, request, now_s, now_s + timeout_s, answer, num_rows, principal)
+        if timeout_s <= 0:
+            message = "the step's deadline had passed when it arrived; it was not applied"
+            raise Refusal(pb.QUEUE_TIMEOUT, message, num_rows=num_rows)
+        if num_rows <= self._limits.max_batch_rows:
+            self._stepper.batcher.queue.require_room(num_rows, party, timeout_s)
+            self._quotas.take_steps(principal, num_rows)
+        call = StepCall(rpc, request, now_s, now_s + timeout_s, answer, num_rows, principal, party)
         self._intake.take(call)
         return call
+
+
+def _party(principal: Principal, context: Any) -> str:
+    """Whose steps these are in the queue. Without names a host stands for whoever calls from it: not a connection, or
+    who opens more of them would get more.
+    """
+    return principal.name or context.peer().rpartition(":")[0]
 
 
 def _sees(principal: Principal) -> str | None:

@@ -23,7 +23,7 @@ from tenuto_server.arena import SlotPool, Slots
 from tenuto_server.errors import Refusal, session_exists, unknown_session
 
 if TYPE_CHECKING:
-    from tenuto_server.batcher import Ticket
+    from tenuto_server.batch_queue import Ticket
 
 _ONE = np.uint64(1)
 _NOTHING: Mapping[int, int] = MappingProxyType({})
@@ -37,6 +37,8 @@ class Door(Enum):
     SHUT = "none"
 
 
+_CAPACITY_RETRY_S = 1.0
+"""Seconds after which somebody may have closed a session."""
 MAX_REMEMBERED = 65_536
 """Ended sessions whose fate is remembered, so that a late call learns why."""
 
@@ -135,6 +137,11 @@ class SessionTable:
         """Name of the principal that the session in this slot belongs to."""
         return self._owner_names[self.owner[slot]]
 
+    def num_of(self, owner: str) -> int:
+        """Open sessions of a principal."""
+        mine = self.pool.leased & ~self.closing & (self.owner == self.owner_number(owner))
+        return int(np.count_nonzero(mine))
+
     def without(self, session_ids: Iterable[int]) -> set[int]:
         """Return those that are no open session's."""
         return set(session_ids) - self._slots.keys()
@@ -190,7 +197,8 @@ class SessionTable:
             raise self._refuse_unknown(session_id, owner) if ended.owner == owner else session_exists(session_id)
         slot = self.pool.lease()
         if slot is None:
-            raise Refusal(pb.CAPACITY_REACHED, f"sessions: got one more, expected at most {self.pool.capacity} at once")
+            message = f"sessions: got one more, expected at most {self.pool.capacity} at once"
+            raise Refusal(pb.CAPACITY_REACHED, message, retry_after_s=_CAPACITY_RETRY_S)
         self._slots[session_id] = slot
         self.session_id[slot] = session_id
         self.owner[slot] = self._number_owner(owner)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
-from tenuto_server.batcher import Batch, Batcher, BatchQueue, Ticket, TicketState
+from tenuto_server.batch_queue import Batch, BatchQueue, Ticket, TicketState
+from tenuto_server.batcher import Batcher
 from tenuto_server.calls import StepCall
 from tenuto_server.engine import Engine, ServedVersion
 from tenuto_server.errors import Refusal
@@ -109,12 +110,13 @@ class Stepper:
 
     def _advance(self, policy: ServedPolicy, calls: Sequence[StepCall], columns: StepColumns) -> None:
         began_s = self._clock()
-        try:
-            self.batcher.queue.require_room(len(columns.session_ids))
-        except Refusal as refusal:
-            for call in calls:
-                call.finish(refusal)
-            return
+        if not self.batcher.queue.has_room(len(columns.session_ids)):
+            # Then it is one call.
+            try:
+                self.batcher.queue.require_room(len(columns.session_ids), calls[0].party)
+            except Refusal as refusal:
+                calls[0].finish(refusal)
+                return
         admission = policy.sessions.admit(
             columns.session_ids,
             columns.step_indices,
@@ -187,6 +189,7 @@ class Stepper:
         for call, version, rows in _parts(calls, admission):
             its = TicketRows(turn, rows)
             ticket = Ticket(policy.versions[version], len(rows), its, call.began_s, call.deadline_s, [call.waiter])
+            ticket.party = call.party
             # An object column takes the ticket itself at every slot.
             sessions.ticket[its.slots] = ticket
             call.tickets.append(ticket)

@@ -207,10 +207,10 @@ def _answer_of(error: grpc.RpcError) -> Answer:
     metadata: Any = error.trailing_metadata() or ()
     details = next((value for key, value in metadata if key == STATUS_DETAILS_KEY), b"")
     try:
-        reason, found = decode_status(details) or (0, {})
+        found = decode_status(details)
     except DecodeError:  # Not a server of ours.
-        reason, found = 0, {}
-    if reason != pb.POLICY_UNKNOWN:
+        found = None
+    if found is None or found.reason != pb.POLICY_UNKNOWN:
         return Answer(failure=error.code().name)
-    version = found.get("refused_version", "")
-    return Answer(refused={int(version): found.get("refused_message", "")} if version.isdecimal() else {})
+    version = found.metadata.get("refused_version", "")
+    return Answer(refused={int(version): found.metadata.get("refused_message", "")} if version.isdecimal() else {})

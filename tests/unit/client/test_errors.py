@@ -8,15 +8,17 @@ import pytest
 from tenuto_client import (
     DeadlineError,
     MessageTooLargeError,
+    OverloadedError,
     SessionLostError,
     SessionUnknownError,
     TenutoError,
     UnexpectedReplyError,
 )
 from tenuto_client import errors as errors_module
-from tenuto_client.errors import ServerUnavailableError, error_from_reason, error_from_rpc
+from tenuto_client.errors import ServerUnavailableError, error_from_message, error_from_reason, error_from_rpc
 from tenuto_proto.errors import STATUS_DETAILS_KEY, encode_status
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.errors import Refusal
 
 
 class FailedCall:
@@ -50,7 +52,7 @@ def test_each_reason_has_a_class_and_keeps_its_name_and_metadata(reason: pb.Erro
         (grpc.StatusCode.UNAVAILABLE, ServerUnavailableError),
         (grpc.StatusCode.CANCELLED, ServerUnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineError),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, MessageTooLargeError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, OverloadedError),
         (grpc.StatusCode.UNIMPLEMENTED, UnexpectedReplyError),
     ],
 )
@@ -67,6 +69,22 @@ def test_a_connection_that_breaks_within_grpc_is_an_unavailable_server() -> None
     call.details = lambda: "Internal error from Core"
     error = error_from_rpc(call)
     assert type(error) is ServerUnavailableError and error.code is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("side", ["Received", "SERVER: Received", "CLIENT: Sent"])
+def test_a_message_over_a_limit_is_no_overload_though_its_code_is(side: str) -> None:
+    call = FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED)
+    call.details = lambda: f"{side} message larger than max (16777230 vs. 16777216)"
+    assert type(error_from_rpc(call)) is MessageTooLargeError
+
+
+@pytest.mark.parametrize(("sent", "told"), [(0.25, 0.25), (7200.5, 7200.5), (None, None)])
+def test_the_servers_hint_when_to_try_again_is_told(sent: float | None, told: float | None) -> None:
+    details = encode_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "text", pb.QUEUE_FULL, {}, sent)
+    error = error_from_rpc(FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, details))
+    assert type(error) is OverloadedError and error.retry_after_s == told
+    row = Refusal(pb.QUEUE_FULL, "text", retry_after_s=sent).to_wire()
+    assert error_from_message(row).retry_after_s == told
 
 
 def test_a_reason_of_a_newer_contract_is_told_by_its_code() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tenuto_proto.v1 import policy_pb2 as pb
-from tenuto_server.batcher import Batch, Batcher, BatchQueue, Ticket, TicketState
+from tenuto_server.batch_queue import Batch, BatchQueue, Ticket, TicketState
+from tenuto_server.batcher import Batcher
 from tenuto_server.errors import Refusal
 
 

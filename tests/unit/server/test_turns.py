@@ -16,7 +16,7 @@ from tenuto_models import Checkpoint, TrainingProgress
 from tenuto_proto import ObservationCodec, space_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server import intake as intake_module
-from tenuto_server.batcher import BatchQueue
+from tenuto_server.batch_queue import BatchQueue
 from tenuto_server.calls import StepCall
 from tenuto_server.engine import Engine
 from tenuto_server.errors import Refusal
