@@ -164,7 +164,7 @@ class DurableSession:
                 continue
             num_refusals += 1
             if num_refusals > 1:
-                pause_s = deadline.pause_s(num_refusals)
+                pause_s = deadline.pause_s(num_refusals, [refusal])
                 if pause_s is None:
                     raise deadline.give_up(refusal, num_refusals)
                 yield Sleep(pause_s)
