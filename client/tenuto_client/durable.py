@@ -190,12 +190,12 @@ class DurableSession:
         self.is_behind = True
         if expected < self.history.first_index:
             raise not_kept(expected, self.history.first_index)
-        _log.warning("session %d: the server has undone steps %d .. %d", self.session_id, expected, step_index - 1)
+        _log.info("session %d: the server has undone steps %d .. %d", self.session_id, expected, step_index - 1)
         return expected
 
     def _reopen(self, step: Step, deadline: Deadline) -> Program[int]:
         """Open the session again at a server that never heard of it; return the index of the step to go on with."""
-        _log.warning("session %d: the server does not know it any more; it begins again", self.session_id)
+        _log.info("session %d: the server does not know it any more; it begins again", self.session_id)
         found = yield from refresh_policy(self._options, self.form.served, deadline, wait=True)
         try:
             reply: pb.OpenSessionResponse = yield from attempt(
