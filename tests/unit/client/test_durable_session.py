@@ -25,8 +25,11 @@ from tenuto_client import durable as durable_module
 from tenuto_client.session import Session
 from tenuto_proto.v1 import policy_pb2 as pb
 
+FINE, CRASH = Fate.FINE, Fate.CRASH
 PLAYS = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=12)
-FATES = st.lists(st.sampled_from(list(Fate)), max_size=40)
+FATES = st.lists(
+    st.tuples(st.sampled_from([fate for fate in Fate if fate is not Fate.CRASH_COLD]), st.integers(1, 4)), max_size=20
+).map(lambda runs: [fate for fate, length in runs for _ in range(length)])
 
 
 def play(
@@ -59,12 +62,21 @@ def assert_undisturbed(results: list[StepResult], plays: list[tuple[int, bool]],
         assert before == after or begins
 
 
-@given(PLAYS, FATES, st.booleans(), st.sampled_from([0.3, 5.0]))
-@example([(0, True), (1, False), (2, False)], [Fate.FINE] * 4 + [Fate.CRASH, Fate.FINE, Fate.FINE, Fate.CRASH], True, 5.0)
-@settings(deadline=None, max_examples=200)
+@given(PLAYS, FATES, st.booleans(), st.sampled_from([0.3, 5.0, 60.0]))
+# The server that has just opened the session again restarts, and then the time is up.
+@example(
+    [(0, False)],
+    [FINE, FINE, CRASH, FINE, FINE, CRASH, CRASH, FINE, Fate.FULL, Fate.FULL, CRASH, FINE, Fate.LOST_REQUEST],
+    False,
+    0.3,
+)
+@settings(deadline=None, max_examples=150)
 def test_nothing_that_happens_to_servers_changes_an_action(
     plays: list[tuple[int, bool]], fates: list[Fate], usual: bool, timeout_s: float
 ) -> None:
+    if timeout_s == 60.0:
+        # So long that a version that comes late does come in time.
+        fates = [Fate.CRASH_COLD if fate is CRASH else FINE if fate.name.startswith("LOST") else fate for fate in fates]
     server = DurableServer(fates)
     session = Session(server.options(timeout_s=timeout_s))
     results = play(server, session, plays, usual)
@@ -100,7 +112,7 @@ def test_moving_between_servers_changes_no_action_either(
 
 
 @given(PLAYS, FATES, st.randoms(use_true_random=False), st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=150)
 def test_who_goes_on_after_an_error_knows_which_steps_were_applied(
     plays: list[tuple[int, bool]], fates: list[Fate], patience: random.Random, usual: bool
 ) -> None:
@@ -309,7 +321,7 @@ def test_a_replay_that_takes_too_long_goes_on_with_the_next_call() -> None:
         try:
             server.drive(session.step(observation(mode=2), False, None))
         except DeadlineError as error:
-            assert "sent again" in str(error) and not error.outcome_unknown
+            assert "call step again" in str(error) and not error.outcome_unknown
             num_errors += 1
     assert 3 < num_errors < 12
     replayed = [index for index, version in sent(server) if version]
