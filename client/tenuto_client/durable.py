@@ -141,13 +141,12 @@ class DurableSession:
             except StepIndexError as error:
                 cursor = self._undone_from(error, cursor, step.step_index)
                 arrived = yield from refresh_policy(self._options, self.form.served, deadline, wait=True)
-                refusal: TenutoError = error
-            except SessionLostError as error:
+            except SessionLostError:
                 if self.history.first_index:
                     raise
                 self.is_behind = True
                 cursor = yield from self._reopen(step, deadline)
-                arrived, refusal = None, error
+                arrived = None
             else:
                 if kept is None:
                     return result
@@ -157,17 +156,20 @@ class DurableSession:
                     arrived = None
                 cursor, num_refusals = cursor + 1, 0
                 if deadline.remaining_s() <= 0:
-                    raise DeadlineError(
-                        f"the server restarted; the steps before {cursor} of {step.step_index} are sent again, "
-                        f"and {deadline.total_s:g} s are over"
-                    )
+                    raise self._too_late(cursor, step, deadline)
                 continue
             num_refusals += 1
             if num_refusals > 1:
                 pause_s = deadline.pause_s(num_refusals, [refusal])
                 if pause_s is None:
-                    raise deadline.give_up(refusal, num_refusals)
+                    raise self._too_late(cursor, step, deadline)
                 yield Sleep(pause_s)
+
+    def _too_late(self, cursor: int, step: Step, deadline: Deadline) -> DeadlineError:
+        return DeadlineError(
+            f"the server restarted and needs the steps {cursor} .. {step.step_index - 1} again, "
+            f"which took more than {deadline.total_s:g} s; call step again to go on"
+        )
 
     def _send(self, step: Step, kept: Kept | None, deadline: Deadline) -> Program[StepResult]:
         """Send the step itself or, instead, one that is kept."""
@@ -190,12 +192,12 @@ class DurableSession:
         self.is_behind = True
         if expected < self.history.first_index:
             raise not_kept(expected, self.history.first_index)
-        _log.warning("session %d: the server has undone steps %d .. %d", self.session_id, expected, step_index - 1)
+        _log.info("session %d: the server has undone steps %d .. %d", self.session_id, expected, step_index - 1)
         return expected
 
     def _reopen(self, step: Step, deadline: Deadline) -> Program[int]:
         """Open the session again at a server that never heard of it; return the index of the step to go on with."""
-        _log.warning("session %d: the server does not know it any more; it begins again", self.session_id)
+        _log.info("session %d: the server does not know it any more; it begins again", self.session_id)
         found = yield from refresh_policy(self._options, self.form.served, deadline, wait=True)
         try:
             reply: pb.OpenSessionResponse = yield from attempt(

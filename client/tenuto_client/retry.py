@@ -208,7 +208,8 @@ def attempt_all(
         yield Sleep(pause_s)
     for key in unknown:
         if isinstance(error := outcomes[key], TenutoError):
-            error.outcome_unknown = is_transient(error) or is_ambiguous(error)
+            # What would be sent again, were there time, may yet turn out to have been carried out.
+            error.outcome_unknown = key in todo or is_ambiguous(error)
     return outcomes
 
 
