@@ -160,7 +160,7 @@ class DurableSession:
                 continue
             num_refusals += 1
             if num_refusals > 1:
-                pause_s = deadline.pause_s(num_refusals, [refusal])
+                pause_s = deadline.pause_s(num_refusals, ())
                 if pause_s is None:
                     raise self._too_late(cursor, step, deadline)
                 yield Sleep(pause_s)

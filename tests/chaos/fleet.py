@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Fleet:
         self.num_steps = num_steps
         names = list(ENVIRONMENTS)
         # A half on a shared stream, a quarter unary, a quarter in vectors.
-        kinds = ("stream", "unary", "stream", "unary")
+        kinds = ("stream", "unary", "stream", "vector")
         self.players = [Player(i, names[i // 4 % len(names)], kinds[i % 4]) for i in range(num_environments)]
 
     @property
@@ -76,8 +77,11 @@ class Fleet:
         """Steps when all are done."""
         return self.num_steps * len(self.players)
 
-    async def play(self, address: str) -> None:
-        """Play all environments at once. Raises what the first of them to fail has raised."""
+    async def play(self, address: str, calm: threading.Event) -> None:
+        """Play all environments at once; the last step of each is taken only once it is calm, so that nothing undoes
+        it. Raises what the first of them to fail has raised.
+        """
+        self._calm = calm
         vectors: dict[str, list[Player]] = {}
         for player in self.players:
             if player.transport == "vector":
@@ -101,6 +105,7 @@ class Fleet:
         observation, begins, reward = player.start(), True, None
         try:
             while len(player.actions) < self.num_steps:
+                await self._wait_for_last(len(player.actions))
                 result = await policy.step(observation, episode_start=begins, reward=reward)
                 assert result.step_index == len(player.actions), "a step was lost or doubled"
                 player.session_id = policy.session_id
@@ -117,6 +122,7 @@ class Fleet:
         now = [(player.start(), True, np.nan) for player in players]
         try:
             for index in range(self.num_steps):
+                await self._wait_for_last(index)
                 observations = _stacked([observation for observation, _, _ in now])
                 starts, rewards = ([row[column] for row in now] for column in (1, 2))
                 result = await policy.step(observations, episode_starts=starts, rewards=rewards)
@@ -126,6 +132,10 @@ class Fleet:
                 now = [player.act(action) for player, action in zip(players, result.actions, strict=True)]
         finally:
             await policy._transport.close()  # pyright: ignore[reportPrivateUsage]
+
+    async def _wait_for_last(self, index: int) -> None:
+        while index == self.num_steps - 1 and not self._calm.is_set():
+            await asyncio.sleep(0.05)
 
 
 def _stacked(observations: Sequence[Any]) -> Any:

@@ -27,6 +27,8 @@ from tenuto_envs import make
 from tenuto_proto.v1 import policy_pb2 as pb
 
 _FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+_CLOCKED = 0.2
+"""Of the servers' lives, those with a clock that jumps."""
 _DISK_BYTES = 64 << 20
 _MEMORIES = ("dnc", "frameconv")
 
@@ -111,7 +113,9 @@ class Monkey:
         flags = ("--durability", url, "--snapshot-interval-s", "0.1", "--idle-timeout-s", "600")
         while True:
             try:
-                return ServerProcess(self._repository, *flags, python=self._python, wait=wait)
+                # A clock that can be set costs a server most of its speed.
+                python = self._python if self._random.random() < _CLOCKED else sys.executable
+                return ServerProcess(self._repository, *flags, python=python, wait=wait)
             except AssertionError:
                 # Where the disk is full it does not start; a supervisor tries again.
                 self.report.faults["starts that failed"] += 1
@@ -130,11 +134,18 @@ class Monkey:
 
     # ------------------------------------------------------------------ harm
 
-    def harm(self, fleet: Fleet, is_over: threading.Event) -> None:
-        """Kill a server as often as was asked for, and do what else there is between."""
-        marks = sorted(
-            fleet.total * (i + self._random.random()) / (self.num_kills + 0.5) for i in range(self.num_kills)
-        )
+    def harm(self, fleet: Fleet, is_over: threading.Event, calm: threading.Event) -> None:
+        """Kill a server as often as was asked for, and do what else there is between. It is ``calm`` after that, or
+        when it ``is_over``.
+        """
+        try:
+            self._harm(fleet, is_over)
+        finally:
+            calm.set()
+
+    def _harm(self, fleet: Fleet, is_over: threading.Event) -> None:
+        total = fleet.total - len(fleet.players)
+        marks = sorted(total * (i + self._random.random()) / (self.num_kills + 0.5) for i in range(self.num_kills))
         for mark in marks:
             while fleet.num_done < mark and not is_over.is_set():
                 if self._random.random() < 0.02:
@@ -224,16 +235,18 @@ def run(
     """Play twice, undisturbed and disturbed, and compare. ``tell`` is called now and then."""
     with ExitStack() as stack:
         monkey = Monkey(folder, store, num_kills, seed, stack)
-        expected = Fleet(num_environments, num_steps)
+        expected, calm = Fleet(num_environments, num_steps), threading.Event()
+        calm.set()
         with _telling(tell, "undisturbed", expected, monkey.report):
-            asyncio.run(expected.play(monkey.servers[0].address))
+            asyncio.run(expected.play(monkey.servers[0].address, calm))
         fleet, is_over = Fleet(num_environments, num_steps), threading.Event()
-        harming = threading.Thread(target=monkey.harm, args=(fleet, is_over), name="monkey")
+        calm.clear()
+        harming = threading.Thread(target=monkey.harm, args=(fleet, is_over, calm), name="monkey")
         began_s = time.monotonic()
         harming.start()
         try:
             with _telling(tell, "disturbed", fleet, monkey.report):
-                asyncio.run(fleet.play(monkey.proxy.address))
+                asyncio.run(fleet.play(monkey.proxy.address, calm))
         except BaseException as error:
             error.add_note("\n".join(["the servers said:", *monkey.log()[-40:]]))
             raise
