@@ -104,6 +104,7 @@ class ResultBuilder:
         self._logits: NDArray[np.float32] | None = None
         self._versions = np.zeros(num_envs, np.uint64)
         self._step_indices = np.zeros(num_envs, np.uint64)
+        self._durable_steps: NDArray[np.uint64] | None = None
         self._queue_us = self._compute_us = self._batch_size = 0
 
     def add(
@@ -123,7 +124,13 @@ class ResultBuilder:
         logits = self._served.array(reply.logits) if self._wants_logits else None
         if len(reply.versions) != n or (logits is not None and (logits.ndim != 2 or len(logits) != n)):
             raise UnexpectedReplyError(f"reply: got {len(reply.versions)} rows, expected {n}")
+        if len(reply.durable_steps) not in (0, n):
+            raise UnexpectedReplyError(f"reply: got {len(reply.durable_steps)} durable steps, expected {n}")
         kept = rows[good]
+        if reply.durable_steps:
+            if self._durable_steps is None:
+                self._durable_steps = np.zeros(self._num_envs, np.uint64)
+            self._durable_steps[kept] = np.asarray(reply.durable_steps, np.uint64)[good]
         self._actions[kept] = actions[good]
         for name, column in floats.items():
             target = self._floats[name]
@@ -150,4 +157,5 @@ class ResultBuilder:
             step_indices=self._step_indices,
             errors=dict(sorted(errors.items())),
             timings=Timings(self._queue_us, self._compute_us, self._batch_size),
+            durable_steps=self._durable_steps,
         )

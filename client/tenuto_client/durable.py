@@ -59,6 +59,14 @@ def not_kept(expected: int, first_kept: int) -> SessionLostError:
     )
 
 
+def too_late(cursor: int, step_index: int, deadline: Deadline) -> DeadlineError:
+    """Return the error of a step whose server still needs the steps from ``cursor`` on when the time is up."""
+    return DeadlineError(
+        f"the server restarted and needs the steps {cursor} .. {step_index - 1} again, "
+        f"which took more than {deadline.total_s:g} s; call step again to go on"
+    )
+
+
 def mismatch(step_index: int, what: str) -> ReplayMismatchError:
     """Return the error of a replay that differs; ``what``: in what."""
     return ReplayMismatchError(f"step {step_index}, sent again after a restart, was answered with another {what}")
@@ -156,20 +164,14 @@ class DurableSession:
                     arrived = None
                 cursor, num_refusals = cursor + 1, 0
                 if deadline.remaining_s() <= 0:
-                    raise self._too_late(cursor, step, deadline)
+                    raise too_late(cursor, step.step_index, deadline)
                 continue
             num_refusals += 1
             if num_refusals > 1:
                 pause_s = deadline.pause_s(num_refusals, ())
                 if pause_s is None:
-                    raise self._too_late(cursor, step, deadline)
+                    raise too_late(cursor, step.step_index, deadline)
                 yield Sleep(pause_s)
-
-    def _too_late(self, cursor: int, step: Step, deadline: Deadline) -> DeadlineError:
-        return DeadlineError(
-            f"the server restarted and needs the steps {cursor} .. {step.step_index - 1} again, "
-            f"which took more than {deadline.total_s:g} s; call step again to go on"
-        )
 
     def _send(self, step: Step, kept: Kept | None, deadline: Deadline) -> Program[StepResult]:
         """Send the step itself or, instead, one that is kept."""

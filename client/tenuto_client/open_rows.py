@@ -9,8 +9,9 @@ from math import isnan
 import numpy as np
 from numpy.typing import NDArray
 
+from tenuto_client.batch import Rows
 from tenuto_client.effects import Call, Program
-from tenuto_client.errors import TenutoError
+from tenuto_client.errors import TenutoError, UnexpectedReplyError, error_from_message
 from tenuto_client.options import OnWait, PolicyOptions
 from tenuto_client.retry import Deadline, attempt_all, noticing
 from tenuto_client.served import ServedPolicy, refresh_policy
@@ -32,8 +33,11 @@ class OpenRows:
         """0: no session is open."""
         self.step_indices = np.zeros(num_envs, np.uint64)
         """Of the next steps."""
-        self.server_epoch = 0
-        """Of the server that opened the newest session."""
+        self.server_epochs = np.zeros(num_envs, np.uint64)
+        """``[N]``: of the servers that have the sessions."""
+        self.durable = np.zeros(num_envs, np.bool_)
+        """``[N]``: the session outlives its server."""
+        self._seeds = np.zeros(num_envs, np.uint64)
         self._opening: set[int] = set()
         """Ids of sessions that the server has perhaps opened, though nobody heard of them."""
 
@@ -69,9 +73,43 @@ class OpenRows:
             if isinstance(outcome, TenutoError):
                 errors[row] = outcome
                 continue
-            self.session_ids[row], self.step_indices[row] = ids[row], 0
-            self.server_epoch = outcome.server_epoch
+            self.session_ids[row], self.step_indices[row], self._seeds[row] = ids[row], 0, outcome.seed
+            self.server_epochs[row], self.durable[row] = outcome.server_epoch, outcome.durable
         return errors
+
+    def reopen(
+        self, rows: Sequence[int], deadline: Deadline, should_retry: Callable[[TenutoError], bool]
+    ) -> Program[Errors]:
+        """Open the sessions of rows again as they were, at a server that never heard of them; return what failed."""
+
+        def make_call(row: int, timeout_s: float) -> Call:
+            assert self.served is not None
+            request = open_request(self.options, self.served.policy_name, int(self.session_ids[row]), row)
+            request.seed = int(self._seeds[row])
+            return Call("OpenSession", request, timeout_s, request.session_id)
+
+        outcomes = yield from attempt_all(make_call, rows, deadline, should_retry)
+        errors: Errors = {}
+        for row, outcome in outcomes.items():
+            if isinstance(outcome, TenutoError):
+                # Whether the session was opened is not what a step's caller asks.
+                outcome.outcome_unknown = False
+                errors[row] = outcome
+            else:
+                self.server_epochs[row], self.durable[row] = outcome.server_epoch, outcome.durable
+        return errors
+
+    def read_errors(self, rows: Rows, reply: pb.StepBatchResponse) -> tuple[NDArray[np.bool_], Errors]:
+        """Return which of a request's rows succeeded, and the errors of the others. Raises UnexpectedReplyError."""
+        good = np.ones(len(rows), np.bool_)
+        failed: Errors = {}
+        for row_error in reply.errors:
+            if row_error.row >= len(rows):
+                raise UnexpectedReplyError(f"reply: got an error of row {row_error.row} of {len(rows)}")
+            good[row_error.row] = False
+            row = int(rows[row_error.row])
+            failed[row] = error_from_message(row_error.error, int(self.server_epochs[row]))
+        return good, failed
 
     def close(self, rows: Sequence[int], rewards: NDArray[np.float32]) -> Program[None]:
         """End the sessions of rows. ``rewards``: ``[N]``, NaN where none is known. Raises nothing."""

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tenuto_client.batch import ObservationBatch, ResultBuilder, Rows
 from tenuto_client.durable import waits_out
+from tenuto_client.durable_rows import DurableRows
 from tenuto_client.effects import Call, Calls, Program, Sleep
 from tenuto_client.errors import (
     MessageTooLargeError,
@@ -21,7 +22,6 @@ from tenuto_client.errors import (
     SessionGoneError,
     TenutoError,
     UnexpectedReplyError,
-    error_from_message,
 )
 from tenuto_client.open_rows import Errors, OpenRows
 from tenuto_client.options import OnWait, PolicyOptions
@@ -47,6 +47,8 @@ class SessionRows:
         self._pending: ObservationBatch | None = None
         self._is_pending = np.zeros(num_envs, np.bool_)
         """Rows of ``_pending`` that were sent, and perhaps applied."""
+        self._durable: DurableRows | None = None
+        """What outlives the server; None where no session ever did."""
         self._alone = OneAtATime()
 
     @property
@@ -142,6 +144,11 @@ class SessionRows:
             if row not in errors:
                 self._begins_next[row], self._is_pending[row] = True, False
                 self._gone.pop(row, None)
+                if self._durable is not None:
+                    self._durable.opened(row)
+        if self._durable is None and self._open_rows.durable.any():
+            assert self.served is not None
+            self._durable = DurableRows(self._open_rows, self.served)
         return errors
 
     def _renew(self, batch: ObservationBatch, rows: Sequence[int], deadline: Deadline) -> Program[Errors]:
@@ -169,12 +176,12 @@ class SessionRows:
             return {}, batch
         same = batch.equal_rows(pending) & (pending.starts | ~batch.starts)
         errors = yield from self._deliver(pending, rows[self._is_pending[rows] & ~same[rows]], deadline, None)
-        stuck = [row for row, error in errors.items() if batch.starts[row] and is_stuck(error)]
+        stuck = [row for row, error in errors.items() if batch.starts[row] and self._is_stuck(row, error)]
         if stuck:
             yield from self._open_rows.close(stuck, np.full(self.num_envs, np.nan, np.float32))
             self._is_pending[stuck] = False
         # What begins now needs nothing of the session that failed.
-        errors = {row: e for row, e in errors.items() if not (needs_new_session(e) and batch.starts[row])}
+        errors = {row: e for row, e in errors.items() if not (self._needs_new_session(row, e) and batch.starts[row])}
         return errors, batch.merged(pending, self._is_pending & same)
 
     def _deliver(
@@ -192,18 +199,29 @@ class SessionRows:
         replaced: set[int] = set()
         todo, num_attempts = rows, 0
         while len(todo):
-            failed = yield from self._attempt(batch, todo, deadline, builder)
+            behind: Errors = {}
+            late: Errors = {}
+            if self._durable is not None:
+                behind = yield from self._durable.catch_up(todo, deadline)
+                if behind:
+                    todo = todo[~np.isin(todo, list(behind))]
+            failed: Errors = (yield from self._attempt(batch, todo, deadline, builder)) if len(todo) else {}
             num_attempts += 1
+            ambiguous[[row for row, error in failed.items() if is_ambiguous(error)]] = True
+            failed.update(behind)
             retry: list[int] = []
             renew: list[int] = []
+            again: list[int] = []
             for row, error in failed.items():
-                ambiguous[row] |= is_ambiguous(error)
-                if is_transient(error):
+                if self._waits_out(row, error):
                     retry.append(row)
-                elif needs_new_session(error) and batch.starts[row] and row not in replaced:
+                elif self._is_undone(row, failed, late, deadline):
+                    assert self._durable is not None
+                    (retry if self._durable.is_stalled(row) else again).append(row)
+                elif self._needs_new_session(row, failed[row]) and batch.starts[row] and row not in replaced:
                     renew.append(row)
                 else:
-                    final[row] = error
+                    final[row] = failed[row]
             if renew:
                 _log.warning("%d sessions are replaced at an episode's start: %s", len(renew), failed[renew[0]])
                 replaced.update(renew)
@@ -217,15 +235,56 @@ class SessionRows:
                 if pause_s is None:
                     for error in {id(failed[row]): failed[row] for row in retry}.values():
                         deadline.give_up(error, num_attempts)
-                    final.update({row: failed[row] for row in retry})
+                    final.update({row: late.get(row, failed[row]) for row in retry})
                     retry = []
                 else:
                     yield Sleep(pause_s)
-            todo = np.array(sorted(retry + renew), np.int64)
+            todo = np.array(sorted(retry + renew + again), np.int64)
         if len(final) < len(rows):
             deadline.timing.budget.succeeded()
         self._conclude(batch, final, ambiguous)
+        if self._durable is not None:
+            yield from self._end_lost(batch, final)
         return final
+
+    def _waits_out(self, row: int, error: TenutoError) -> bool:
+        """Whether a row's step may succeed when it is sent again."""
+        return is_transient(error) if self._durable is None else self._durable.waits_out(row, error)
+
+    def _is_undone(self, row: int, failed: Errors, late: Errors, deadline: Deadline) -> bool:
+        """Whether steps that are sent again may mend a row's failure; ``late`` then holds what it is if they are not in
+        time. If not, ``failed`` holds what it is.
+        """
+        if self._durable is None or not self._open_rows.durable[row]:
+            return False
+        error, is_undone = self._durable.refused(row, failed[row], deadline)
+        (late if is_undone else failed)[row] = error
+        return is_undone
+
+    def _needs_new_session(self, row: int, error: TenutoError) -> bool:
+        if self._durable is None or not self._open_rows.durable[row]:
+            return needs_new_session(error)
+        return self._durable.cannot_go_on(row, error)
+
+    def _is_stuck(self, row: int, error: TenutoError) -> bool:
+        if self._durable is None or not self._open_rows.durable[row]:
+            return is_stuck(error)
+        return self._durable.cannot_go_on(row, error) and not isinstance(error, SessionGoneError)
+
+    def _end_lost(self, batch: ObservationBatch, errors: Errors) -> Program[None]:
+        """Close the sessions of which this side has found that they cannot go on."""
+        lost = [
+            row
+            for row, error in errors.items()
+            if self._open_rows.durable[row]
+            and (
+                (isinstance(error, SessionGoneError) and not error.reason)
+                or (batch.starts[row] and self._is_stuck(row, error))
+            )
+        ]
+        if lost:
+            self._is_pending[lost] = False
+            yield from self._open_rows.close(lost, np.full(self.num_envs, np.nan, np.float32))
 
     def _attempt(
         self, batch: ObservationBatch, rows: Rows, deadline: Deadline, builder: ResultBuilder | None
@@ -240,29 +299,25 @@ class SessionRows:
                 self.served.refuse_too_large(request)
         except MessageTooLargeError as error:
             return dict.fromkeys(cast("list[int]", rows.tolist()), error)
-        calls = [Call("StepBatch", request, timeout_s, 0, self._open_rows.server_epoch) for request in requests]
+        calls = [Call("StepBatch", request, timeout_s) for request in requests]
         answers = yield Calls(tuple(calls))
         failed: Errors = {}
         for chunk, answer in zip(chunks, answers, strict=True):
-            failed.update(self._take(chunk, answer, builder))
+            failed.update(self._take(batch, chunk, answer, builder))
         return failed
 
-    def _take(self, rows: Rows, answer: Any, builder: ResultBuilder | None) -> Errors:
+    def _take(self, batch: ObservationBatch, rows: Rows, answer: Any, builder: ResultBuilder | None) -> Errors:
         """Take one request's answer in: advance the rows that were applied, return the others."""
         if isinstance(answer, TenutoError):
             return dict.fromkeys(cast("list[int]", rows.tolist()), answer)
         reply: pb.StepBatchResponse = answer
-        good = np.ones(len(rows), np.bool_)
-        failed: Errors = {}
         try:
-            for row_error in reply.errors:
-                if row_error.row >= len(rows):
-                    raise UnexpectedReplyError(f"reply: got an error of row {row_error.row} of {len(rows)}")
-                good[row_error.row] = False
-                failed[int(rows[row_error.row])] = error_from_message(row_error.error, self._open_rows.server_epoch)
+            good, failed = self._open_rows.read_errors(rows, reply)
             # Where no row was applied there may be no columns.
             if builder is not None and good.any():
                 builder.add(rows, good, reply, self.step_indices)
+            if self._durable is not None and good.any():
+                self._durable.keep(batch, rows, self.step_indices, reply, good)
         except UnexpectedReplyError as error:
             return dict.fromkeys(cast("list[int]", rows.tolist()), error)
         applied = rows[good]
@@ -273,12 +328,14 @@ class SessionRows:
     def _conclude(self, batch: ObservationBatch, errors: Errors, ambiguous: NDArray[np.bool_]) -> None:
         """Leave each row that failed as the law says: where it was, or pending, or gone."""
         for row, error in errors.items():
-            unknown = bool(ambiguous[row]) and (is_transient(error) or is_ambiguous(error))
+            unknown = bool(ambiguous[row]) and (self._waits_out(row, error) or is_ambiguous(error))
             error.outcome_unknown |= unknown
             self._is_pending[row] = unknown
             self._begins_next[row] = batch.starts[row] and not unknown
             if isinstance(error, SessionGoneError):
-                self.session_ids[row], self._gone[row] = 0, error
+                self._gone[row] = error
+                if error.reason or self._durable is None:
+                    self.session_ids[row] = 0
 
 
 def summary(result: VectorStepResult, num_rows: int) -> TenutoError:
