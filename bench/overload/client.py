@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ class Stream:
 
 
 async def main() -> None:
-    """Serve the orders of standard input."""
+    """Serve the orders of standard input, in the server's shadow: clients are usually on other machines."""
+    os.nice(10)
     load: Load | None = None
     while line := await asyncio.to_thread(sys.stdin.readline):
         order = json.loads(line)
