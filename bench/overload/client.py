@@ -116,7 +116,7 @@ class Load:
         self.closed_loop = False
         last_s = self.loop.time() + _LAST_S
         while self.under_way and self.loop.time() < last_s:
-            await asyncio.sleep(0.01)  # noqa: ASYNC110 (whoever answers need not know who waits)
+            await asyncio.sleep(0.01)
         return {
             "seconds": seconds,
             "good": self.good,
