@@ -130,9 +130,17 @@ class BatchQueue:
         """Seconds that the device needs for what waits; 0 where it cannot be told yet."""
         return self.num_rows / self.rows_per_s if self.rows_per_s else 0.0
 
+    @property
+    def max_waiting(self) -> float:
+        """Rows that may wait: as many as the device computes within the longest delay, within their bounds."""
+        if self._measured_s <= 0 or self.max_delay_s == inf:
+            return self.max_rows
+        in_time = self.max_delay_s * self._measured_rows / self._measured_s
+        return min(max(in_time, self.max_batch), self.max_rows)
+
     def has_room(self, num_rows: int) -> bool:
         """Whether this many more rows of anybody may wait."""
-        return self.num_rows + num_rows <= self._max_waiting()
+        return self.num_rows + num_rows <= self.max_waiting
 
     def require_room(self, num_rows: int, party: str = "", remaining_s: float = inf) -> None:
         """Raise Refusal (QUEUE_FULL) where this many more rows of a party would be too many, or would be reached too
@@ -144,7 +152,7 @@ class BatchQueue:
         total = self.num_rows + num_rows
         if total <= self.max_batch:
             return
-        limit = self._max_waiting()
+        limit = self.max_waiting
         own = self._waiting.get(party, 0) + num_rows
         num_parties = len(self._waiting) + (own == num_rows)
         ahead = min(total, own * num_parties)
@@ -165,12 +173,6 @@ class BatchQueue:
         if batch.num_left or 2 * batch.num_rows >= self.max_batch:
             self._measured_rows = _MEMORY * self._measured_rows + batch.num_rows
             self._measured_s = _MEMORY * self._measured_s + max(now_s - batch.taken_s, 1e-6)
-
-    def _max_waiting(self) -> float:
-        if self._measured_s <= 0 or self.max_delay_s == inf:
-            return self.max_rows
-        in_time = self.max_delay_s * self._measured_rows / self._measured_s
-        return min(max(in_time, self.max_batch), self.max_rows)
 
     def _hint_s(self) -> float:
         """When a refused party may try again: the device has done what waits now."""
