@@ -102,6 +102,12 @@ bench-gpu: install  ## Measure a batch's step on a GPU beside the GPU's floors, 
 bench-observing: install  ## Measure what the metrics cost, a quarter of an hour.
 	$(BIN)/python bench/observing.py
 
+bench-overload: install  ## Offer a server up to ten times what it can do, about a minute and a half.
+	$(BIN)/python -W ignore bench/overload/run.py --json bench/results/overload.json
+
+soak: install  ## Keep a server at three times its capacity for five minutes and watch its memory.
+	$(BIN)/python -W ignore bench/overload/run.py --soak 300 --levels 3
+
 bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.
 	$(BIN)/python -W ignore bench/training.py
 

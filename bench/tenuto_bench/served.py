@@ -62,12 +62,14 @@ def publish(repository: Path, memories: Sequence[str] = MEMORIES) -> None:
 
 
 @contextmanager
-def serve(repository: Path, program: Sequence[str] = ("-m", "tenuto_server.main")) -> Generator[Served]:
+def serve(
+    repository: Path, program: Sequence[str] = ("-m", "tenuto_server.main"), flags: Sequence[str] = ()
+) -> Generator[Served]:
     """Start tenuto-serve, or what Python is told to run instead, on free ports of loopback; ends when left.
 
     Yields when it serves every policy of the repository. Raises ServerError where it does not come to that.
     """
-    flags = ("--repository", str(repository), "--port", "0", "--metrics-port", "0")
+    flags = ("--repository", str(repository), "--port", "0", "--metrics-port", "0", *flags)
     with subprocess.Popen([sys.executable, *program, *flags], stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None

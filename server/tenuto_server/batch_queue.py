@@ -130,32 +130,39 @@ class BatchQueue:
         """Seconds that the device needs for what waits; 0 where it cannot be told yet."""
         return self.num_rows / self.rows_per_s if self.rows_per_s else 0.0
 
+    @property
+    def max_waiting(self) -> float:
+        """Rows that may wait: as many as the device computes within the longest delay, within their bounds."""
+        if self._measured_s <= 0 or self.max_delay_s == inf:
+            return self.max_rows
+        in_time = self.max_delay_s * self._measured_rows / self._measured_s
+        return min(max(in_time, self.max_batch), self.max_rows)
+
     def has_room(self, num_rows: int) -> bool:
         """Whether this many more rows of anybody may wait."""
-        return self.num_rows + num_rows <= self._max_waiting()
+        return self.num_rows + num_rows <= self.max_waiting
 
     def require_room(self, num_rows: int, party: str = "", remaining_s: float = inf) -> None:
         """Raise Refusal (QUEUE_FULL) where this many more rows of a party would be too many, or would be reached too
         late. ``remaining_s``: seconds that they may wait.
 
-        What fits into the next batch is not too many. Beyond the limit only parties with less than their share of it
-        may queue, or with nothing, so that it is not always the same one that finds room.
+        What fits into the next batch is not too many. Where several parties wait, each of them counts as if the others
+        had as many rows as it has, since no more come before it; one that has none yet may come with twice its share.
         """
         total = self.num_rows + num_rows
         if total <= self.max_batch:
             return
-        limit = self._max_waiting()
-        waiting = self._waiting.get(party, 0)
-        num_parties = len(self._waiting) + (waiting == 0)
-        if total > limit and not (
-            num_parties > 1 and total <= 2 * limit and (waiting == 0 or waiting + num_rows <= limit / num_parties)
-        ):
+        limit = self.max_waiting
+        own = self._waiting.get(party, 0) + num_rows
+        num_parties = len(self._waiting) + (own == num_rows)
+        ahead = min(total, own * num_parties)
+        if ahead > limit * (2 if own == num_rows else 1) or total > 2 * self.max_rows:
             message = f"waiting steps: got {total}, expected at most {int(limit)}"
+            if num_parties > 1:
+                message = f"waiting steps: got {own} of {total}, expected at most {int(limit / num_parties)}"
             raise Refusal(pb.QUEUE_FULL, message, num_rows=num_rows, retry_after_s=self._hint_s())
         if remaining_s < inf and self._measured_s > 0:
-            # Of the others' rows no more come first than it has itself.
-            ahead = min(self.num_rows, (waiting + num_rows) * num_parties)
-            wait_s = ahead * self._measured_s / self._measured_rows
+            wait_s = (ahead - num_rows) * self._measured_s / self._measured_rows
             if wait_s > remaining_s:
                 message = f"the step would wait {wait_s:.3f} s for the device, expected at most {remaining_s:.3f} s"
                 raise Refusal(pb.QUEUE_FULL, message, num_rows=num_rows, retry_after_s=self._hint_s())
@@ -166,12 +173,6 @@ class BatchQueue:
         if batch.num_left or 2 * batch.num_rows >= self.max_batch:
             self._measured_rows = _MEMORY * self._measured_rows + batch.num_rows
             self._measured_s = _MEMORY * self._measured_s + max(now_s - batch.taken_s, 1e-6)
-
-    def _max_waiting(self) -> float:
-        if self._measured_s <= 0 or self.max_delay_s == inf:
-            return self.max_rows
-        in_time = self.max_delay_s * self._measured_rows / self._measured_s
-        return min(max(in_time, self.max_batch), self.max_rows)
 
     def _hint_s(self) -> float:
         """When a refused party may try again: the device has done what waits now."""

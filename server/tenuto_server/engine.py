@@ -128,6 +128,8 @@ class Engine:
         name_thread("engine")
         while (job := self._jobs.get()) is not None:
             job()
+            # Its batch would else live until the next one.
+            del job
 
     def run(self, version: ServedVersion, rows: StepRows) -> StepResults:
         """Advance every row by one step. The state of a row with non-finite results is left as it was."""

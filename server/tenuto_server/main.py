@@ -57,12 +57,12 @@ class Server:
             choose_device(config.device), config.buckets, config.num_compute_threads, deterministic=config.deterministic
         )
         self.metrics = Metrics(self.engine.device)
-        self.metrics.queue_capacity.set(config.max_queued)
         self.registry = PolicyRegistry()
         epoch = secrets.randbits(63)
         max_delay_s = config.max_queue_delay_ms / 1000 or math.inf
         queue = BatchQueue(config.max_batch, config.max_wait_ms / 1000, config.max_queued, max_delay_s)
         self.metrics.queued_rows.set_function(lambda: queue.num_rows)
+        self.metrics.queue_capacity.set_function(lambda: queue.max_waiting)
         self.metrics.queue_delay.set_function(lambda: queue.delay_s)
         self.metrics.queue_parties.set_function(lambda: queue.num_parties)
         self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)

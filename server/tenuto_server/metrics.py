@@ -101,7 +101,7 @@ class Metrics:
         )
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", _ROWS, r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
-        self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once.", registry=r)
+        self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once, at the device's speed.", registry=r)
         self.queue_delay = Gauge(
             "tenuto_queue_delay_seconds", "Time that the device needs for the steps that wait, at its measured speed.",
             registry=r,

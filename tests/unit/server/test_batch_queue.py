@@ -132,6 +132,23 @@ def test_a_full_queue_has_room_for_whoever_is_below_its_share() -> None:
     assert refusal(queue, 5, "greedy") is not None
 
 
+def test_a_device_that_slows_down_does_not_shut_out_whoever_has_nothing_waiting() -> None:
+    queue = measured(BatchQueue(10, 0.0, 10_000, max_delay_s=1.0), 1_000.0)
+    put(queue, "greedy", 10, count=100)
+    for _ in range(30):
+        queue.finished(Batch("v1", num_rows=10), 0.1)
+    assert queue.rows_per_s == pytest.approx(100, rel=0.1)
+    assert refusal(queue, 1, "greedy") is not None and refusal(queue, 10, "modest") is None
+
+
+def test_parties_however_many_fill_no_more_than_twice_the_rows() -> None:
+    queue = BatchQueue(10, 0.0, 100)
+    for party in range(1_000):
+        if refusal(queue, 1, str(party)) is None:
+            put(queue, str(party))
+    assert queue.num_rows == 200
+
+
 def test_small_batches_say_nothing_about_the_speed_of_the_device() -> None:
     queue = BatchQueue(256, 0.0, 100_000, max_delay_s=0.5)
     queue.finished(Batch("v1", num_rows=1), 0.003)
