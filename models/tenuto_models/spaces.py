@@ -88,7 +88,9 @@ def _require_few(data: Mapping[str, Any], max_bytes: int) -> None:
                 raise ConfigError(f"space dtype: got {space['dtype']!r}, expected one of numbers")
             left -= abs(prod(space["shape"])) * dtype.itemsize
             if not left >= 0:
-                raise ConfigError(f"space shape: got {space['shape']}, expected at most {max_bytes} bytes of bounds in all")
+                raise ConfigError(
+                    f"space shape: got {space['shape']}, expected at most {max_bytes} bytes of bounds in all"
+                )
         elif space["type"] in ("Tuple", "Dict"):
             inner = space["spaces"]
             found += inner.values() if isinstance(inner, dict) else inner

@@ -347,7 +347,10 @@ def seeds() -> list[bytes]:
             [("GetPolicy", pb.GetPolicyRequest(policy_name="policy", version=1).SerializeToString())],
             [("OpenSession", opening.SerializeToString()), ("Step", step(9, 0))],
             [("Step", step(1, 0, episode_start=True, reward=0.5)), ("Step", step(1, 1)), ("Step", step(1, 1))],
-            [("StepBatch", batch([1, 2, 3], 0, rewards=[0, 1, 2])), ("StepBatch", batch([3, 1], 1, queue_timeout_ms=5))],
+            [
+                ("StepBatch", batch([1, 2, 3], 0, rewards=[0, 1, 2])),
+                ("StepBatch", batch([3, 1], 1, queue_timeout_ms=5)),
+            ],
             [("StepBatch", batch([1, 2], 0, episode_starts=[True, False], replayed_versions=[0, 1]))],
             [("StepStream", pack_stream([batch([1], 0, request_id=1), batch([1], 1, request_id=2), batch([2, 5], 0)]))],
             [("Step", step(1, 0)), ("CloseSession", close), ("CloseSession", close)],
