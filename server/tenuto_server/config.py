@@ -44,7 +44,7 @@ class ServerConfig:
     stall_timeout_s: float = 10.0
     """Seconds after which a batch or an event loop that does not come to an end makes the server not ready."""
     stall_exit_s: float = 300.0
-    """Seconds after which a batch or an event loop that hangs ends the process, for its supervisor to restart; 0: never."""
+    """Seconds after which a batch or an event loop that hangs ends the process, to be started again; 0: never."""
     durability: str = ""
     """Where sessions outlive this process: sqlite:PATH, or for several servers redis://HOST:PORT/DB; empty: nowhere."""
     snapshot_interval_s: float = 0.25

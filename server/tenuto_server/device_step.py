@@ -169,8 +169,8 @@ class DeviceStep:
     ) -> DeviceResults:
         """Advance n rows by one step; no slot is twice among them. Returns when the results are on the host.
 
-        Columns ``[n]``; observations ``[n, O]``, uniforms ``[n, A]`` in (0, 1). A bucket's first call prepares it. Raises TornError where
-        it fails after rows may have changed.
+        Columns ``[n]``; observations ``[n, O]``, uniforms ``[n, A]`` in (0, 1). A bucket's first call prepares it.
+        Raises TornError where it fails after rows may have changed.
         """
         num_rows = len(slots)
         size = next(size for size in self.sizes if size >= num_rows)

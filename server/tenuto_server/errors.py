@@ -63,7 +63,7 @@ class ConfigurationError(ServerError):
 
 
 class FatalError(ServerError):
-    """Nothing that would be served from now on could be relied upon: the process ends, and its supervisor starts another."""
+    """What would be served from now on could not be relied upon: the process ends, to be started again."""
 
 
 class CapacityError(ServerError):

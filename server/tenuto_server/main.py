@@ -248,8 +248,8 @@ class Server:
             await asyncio.sleep(_SWEEP_S)
 
     def _wind_watchdog(self) -> None:
-        """Put off the end of the process, unless a batch hangs. It comes from a thread that needs no lock of Python's, with
-        the stacks of all threads on standard error.
+        """Put off the end of the process, unless a batch hangs. It comes from a thread that needs no lock of Python's,
+        with the stacks of all threads on standard error.
         """
         if self.config.stall_exit_s and self.stepper.batcher.running_s <= 2 * _SWEEP_S:
             faulthandler.dump_traceback_later(self.config.stall_exit_s, exit=True)

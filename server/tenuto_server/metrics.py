@@ -101,8 +101,8 @@ class Metrics:
             registry=r,
         )
         self.failed_batches = Counter(
-            "tenuto_failed_batches", "Batches that failed as a whole: out_of_memory, or error (see the log).", ["reason"],
-            registry=r,
+            "tenuto_failed_batches", "Batches that failed as a whole: out_of_memory, or error (see the log).",
+            ["reason"], registry=r,
         )  # fmt: skip
         for reason in ("out_of_memory", "error"):
             self.failed_batches.labels(reason)

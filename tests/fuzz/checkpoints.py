@@ -142,7 +142,7 @@ def seeds(folder: Path) -> list[bytes]:
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Return an input that differs a little: in the manifest's JSON, in that of the tensors' header, or in its bytes."""
+    """Return an input that differs a little: in the manifest, in the header of the tensors, or in its bytes."""
     flags, manifest, weights = unpack(data)
     flags |= _RIGHT_WEIGHTS | _RIGHT_MANIFEST
     for _ in range(1 + rng.randrange(2)):

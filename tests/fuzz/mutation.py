@@ -1,4 +1,4 @@
-"""Small changes to messages and JSON values that keep most of what they are: fuzzing gets past the first check with them."""
+"""Small changes to messages and JSON values, which keep most of what they are and so get past the first check."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
         at = rng.randrange(len(value))
         changes: Sequence[Callable[[], list[Any]]] = (
             lambda: value[:at] + value[at + 1 :],
-            lambda: value + [value[at]],
+            lambda: [*value, value[at]],
             lambda: [*value[:at], mutate_json(value[at], rng), *value[at + 1 :]],
         )
         return changes[min(rng.randrange(6), 2)]()

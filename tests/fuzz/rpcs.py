@@ -116,7 +116,7 @@ class _Context:
 
 
 class _Complaints(logging.Handler):
-    """Whatever the server logs as an error is a finding, but results that are not finite: imported state may cause them."""
+    """What the server logs as an error is a finding, but results that are not finite: imported state may cause them."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -316,7 +316,7 @@ def _check_batch(request: pb.StepBatchRequest, response: pb.StepBatchResponse) -
     if response.HasField("actions"):
         actions = array_from_wire(response.actions)
         assert len(actions) == n
-        assert ((0 <= actions) & (actions < 5)).all()
+        assert ((actions >= 0) & (actions < 5)).all()
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -352,7 +352,7 @@ def seeds() -> list[bytes]:
                 ("StepBatch", batch([3, 1], 1, queue_timeout_ms=5)),
             ],
             [("StepBatch", batch([1, 2], 0, episode_starts=[True, False], replayed_versions=[0, 1]))],
-            [("StepStream", pack_stream([batch([1], 0, request_id=1), batch([1], 1, request_id=2), batch([2, 5], 0)]))],
+            [("StepStream", pack_stream([batch([1], 0, request_id=1), batch([1], 1), batch([2, 5], 0)]))],
             [("Step", step(1, 0)), ("CloseSession", close), ("CloseSession", close)],
             [("ListSessions", pb.ListSessionsRequest(policy_name="policy", page_size=2).SerializeToString())],
             [("Step", step(2, 0)), ("InspectSession", pb.InspectSessionRequest(session_id=2).SerializeToString())],

@@ -62,8 +62,8 @@ class Told:
         rate = target.num_inputs / (time.monotonic() - self._began_s)
         calls = sum(target.outcomes.values())
         print(
-            f"{target.num_inputs} inputs, {rate:.0f}/s, {calls} outcomes of {len(target.outcomes)} kinds, {objects} objects,"
-            f" {_resident_mb():.0f} MB",
+            f"{target.num_inputs} inputs, {rate:.0f}/s, {calls} outcomes of {len(target.outcomes)} kinds,"
+            f" {objects} objects, {_resident_mb():.0f} MB",
             flush=True,
         )
 
