@@ -126,10 +126,10 @@ def read(folder: Path) -> Checkpoint:
         training = TrainingProgress.from_json(manifest["training"])
         # First without memory: a manifest may claim any size, its weights show whether it is true.
         with torch.device("meta"):
-            outline = _build(manifest)
+            outline = _build(manifest, len(payload))
         _require_fit(folder, outline.state_dict(), weights)
-        policy = _build(manifest)
-    except (ConfigError, TypeError, RuntimeError, OverflowError) as error:
+        policy = _build(manifest, len(payload))
+    except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     spec = _spec_to_json(policy.state_spec)
     if manifest["state_spec"] != spec or manifest["state_fingerprint"] != policy.state_fingerprint:
@@ -195,18 +195,22 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: manifest keys: got {sorted(manifest)}, expected {sorted(_MANIFEST_KEYS)}")
     if manifest["manifest_sha256"] != _manifest_sha256(manifest):
         raise CheckpointError(f"{folder}: {MANIFEST} does not match its own manifest_sha256 (changed by hand?)")
-    for key, value in (("version", folder.name), ("policy_name", folder.parent.name)):
-        if str(manifest[key]) != value:
+    for key, kind, value in (("version", int, folder.name), ("policy_name", str, folder.parent.name)):
+        if type(manifest[key]) is not kind or str(manifest[key]) != value:
             raise CheckpointError(f"{folder}: {key}: got {manifest[key]!r}, expected {value!r}, the folder's name")
+    created = manifest["created_unix_s"]
+    if type(created) not in (int, float) or not 0 <= created < 2**53:
+        raise CheckpointError(f"{folder}: created_unix_s: got {created!r}, expected seconds since 1970")
     if manifest["flattening"] != FLATTENING:
         raise CheckpointError(f"{folder}: flattening: got {manifest['flattening']!r}, expected {FLATTENING!r}")
     return manifest
 
 
-def _build(manifest: dict[str, Any]) -> Policy:
+def _build(manifest: dict[str, Any], num_bytes: int) -> Policy:
+    """``num_bytes``: of the weights, among which there is a float for each element of a space."""
     return Policy(
-        spaces.from_json(manifest["observation_space"]),
-        spaces.from_json(manifest["action_space"]),
+        spaces.from_json(manifest["observation_space"], 2 * num_bytes),
+        spaces.from_json(manifest["action_space"], 2 * num_bytes),
         PolicyConfig.from_json(manifest["config"]),
     )
 

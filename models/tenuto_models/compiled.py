@@ -24,7 +24,7 @@ from tenuto_models import matmul, sampling
 from tenuto_models.distributions import Categoricals, Gaussian
 from tenuto_models.dnc import DNCCore, kernels
 from tenuto_models.dnc.kernels import Sizes
-from tenuto_models.errors import ConfigError
+from tenuto_models.errors import ConfigError, TornError
 from tenuto_models.frameconv import FrameconvCore
 from tenuto_models.jit import Kernel, digest, jit
 from tenuto_models.matmul import BLOCK, LANES, linear, pack, padded, scratch_size
@@ -462,6 +462,8 @@ class CompiledStep:
         steps of the episode so far. ``slots``: int64 ``[n]``, none twice; ``episode_starts``: bool ``[n]``, where the
         state begins at zero; ``observations``: float32 ``[n, O]``; ``seeds`` and ``step_indices``: uint64 ``[n]``, for
         the draws; ``deterministic``: bool ``[n]``, where the mode is taken instead.
+
+        Raises TornError where it fails after rows may have changed.
         """
         n = len(slots)
         values, log_probs, finite = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_)
@@ -471,14 +473,17 @@ class CompiledStep:
             _plain(deterministic), actions, values, log_probs, logits, finite,
         )  # fmt: skip
         parts = min(len(self._work), n // _MIN_ROWS_OF_A_THREAD)
-        if parts <= 1:
-            spent = np.zeros(3, np.int64)
-            self._step(self._net, batch, 0, n, state, counters, self._work[0], spent)
-        else:
-            spent = self._in_parts(parts, batch, n, state, counters)
-        gather_ns, run_ns, scatter_ns = spent.tolist()
-        seconds = 1e-9 * gather_ns, 1e-9 * run_ns, 1e-9 * scatter_ns
-        return Chosen(self._distribution.in_space(actions), values, log_probs, logits, finite, seconds)
+        try:
+            if parts <= 1:
+                spent = np.zeros(3, np.int64)
+                self._step(self._net, batch, 0, n, state, counters, self._work[0], spent)
+            else:
+                spent = self._in_parts(parts, batch, n, state, counters)
+            gather_ns, run_ns, scatter_ns = spent.tolist()
+            seconds = 1e-9 * gather_ns, 1e-9 * run_ns, 1e-9 * scatter_ns
+            return Chosen(self._distribution.in_space(actions), values, log_probs, logits, finite, seconds)
+        except Exception as error:
+            raise TornError(f"a step of {n} rows failed in the middle") from error
 
     def _in_parts(self, parts: int, batch: Batch, n: int, state: Array, counters: Array) -> NDArray[np.int64]:
         """Share the rows among threads; returns what the slowest of them spent, see :func:`_step_for`."""

@@ -2,6 +2,7 @@
 
 ModelError
 ├── InputError       a tensor of another shape or dtype than the model takes
+├── TornError        a step that failed after it may have changed the state that it was given
 ├── ConfigError      a configuration value or space that no policy can be built from
 └── CheckpointError  a checkpoint that must not be used: broken, truncated, tampered with or mismatched
 """
@@ -15,6 +16,10 @@ class ModelError(Exception):
 
 class InputError(ModelError, ValueError):
     """A tensor of another shape or dtype than the model takes; nothing was computed."""
+
+
+class TornError(ModelError):
+    """A step failed after it may have changed the state in place: nobody knows what that is worth."""
 
 
 class ConfigError(ModelError, ValueError):

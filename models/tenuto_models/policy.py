@@ -90,7 +90,9 @@ class PolicyConfig:
             _require_keys("config", data, {f.name for f in fields(cls)})
             arguments: dict[str, Any] = dict(data) | {"memory": MEMORIES[kind](**memory)}
             return cls(**arguments)
-        except (KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"policy config: got {data!r}, which is not a valid description ({error})") from error
 
 

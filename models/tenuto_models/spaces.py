@@ -6,6 +6,7 @@ An observation is flattened by ``gymnasium.spaces.flatten`` and by nothing else;
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,12 @@ def to_json(space: spaces.Space[Any]) -> Json:
     )
 
 
-def from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
-    """Rebuild a space from :func:`to_json`. Raises ConfigError where the description is not one."""
+def from_json(data: Mapping[str, Any], max_bytes: int = 2**34) -> spaces.Space[Any]:
+    """Rebuild a space from :func:`to_json`. Raises ConfigError where the description is not one, or claims that its
+    bounds take more bytes, before there is memory for them.
+    """
     try:
+        _require_few(data, max_bytes)
         kind = data["type"]
         if kind == "Box":
             dtype = np.dtype(data["dtype"])
@@ -64,12 +68,32 @@ def from_json(data: Mapping[str, Any]) -> spaces.Space[Any]:
             # A one-dimensional MultiBinary equals only one that was made from a number.
             return spaces.MultiBinary(shape[0] if len(shape) == 1 else shape)
         if kind == "Tuple":
-            return spaces.Tuple([from_json(s) for s in data["spaces"]])
+            return spaces.Tuple([from_json(s, max_bytes) for s in data["spaces"]])
         if kind == "Dict":
-            return spaces.Dict({k: from_json(s) for k, s in data["spaces"].items()})
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+            return spaces.Dict({k: from_json(s, max_bytes) for k, s in data["spaces"].items()})
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError, AssertionError) as error:
         raise ConfigError(f"space: got {data!r}, which is not a valid description ({error})") from error
     raise ConfigError(f"space type: got {kind!r}, expected Box, Discrete, MultiDiscrete, MultiBinary, Tuple or Dict")
+
+
+def _require_few(data: Mapping[str, Any], max_bytes: int) -> None:
+    """Raise ConfigError where the bounds of all Boxes in a description are larger, or of what is no number."""
+    found, left = [data], max_bytes
+    while found:
+        space = found.pop()
+        if space["type"] == "Box":
+            if (dtype := np.dtype(space["dtype"])).kind not in "biuf":
+                raise ConfigError(f"space dtype: got {space['dtype']!r}, expected one of numbers")
+            left -= abs(prod(space["shape"])) * dtype.itemsize
+            if not left >= 0:
+                raise ConfigError(
+                    f"space shape: got {space['shape']}, expected at most {max_bytes} bytes of bounds in all"
+                )
+        elif space["type"] in ("Tuple", "Dict"):
+            inner = space["spaces"]
+            found += inner.values() if isinstance(inner, dict) else inner
 
 
 def flat_size(space: spaces.Space[Any]) -> int:

@@ -116,9 +116,10 @@ class StateArena:
     def scatter(self, slots: Tensor, state: Mapping[str, Tensor], keep: Tensor) -> None:
         """Store the state of ``slots [B]`` where ``keep [B]``; other rows stay as they are."""
         target = torch.where(keep, slots, self.spare)
-        for dtype, matrix in self.matrices.items():
-            parts = [state[t.name].flatten(1) for t in self.spec if t.dtype == dtype]
-            matrix.index_copy_(0, target, torch.cat(parts, dim=1))
+        # All is there before anything is stored: no row is half a new one.
+        rows = [torch.cat([state[t.name].flatten(1) for t in self.spec if t.dtype == d], dim=1) for d in self.matrices]
+        for matrix, row in zip(self.matrices.values(), rows, strict=True):
+            matrix.index_copy_(0, target, row)
 
     @property
     def row_layout(self) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.batch_queue import Batch, BatchQueue, Ticket, TicketState
-from tenuto_server.errors import Refusal
+from tenuto_server.errors import FatalError, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ class Batcher(Generic[R]):
         self.queue = queue
         self._clock, self._start, self._commit, self._abandon = clock, start, commit, abandon
         self._freed, self._settled = freed, settled
+        self.on_outcome: Callable[[BaseException | None], None] = lambda error: None
+        """Called after each batch, with what it failed with; after a FatalError no other batch runs."""
         self._running: Batch | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = self._is_dispatching = False
@@ -136,13 +138,18 @@ class Batcher(Generic[R]):
             try:
                 self._commit(batch, result)
             except Exception as caught:  # noqa: BLE001 (whatever it was, the waiters must hear of it)
-                error = caught
+                # Its sessions' state has moved on, and they have not: their next step would be a wrong one.
+                error = FatalError(f"a batch of {batch.num_rows} rows was computed and could not be recorded")
+                error.__cause__ = caught
         if error is not None or result is None:
             log.error("a batch of %d rows failed", batch.num_rows, exc_info=error)
+            if isinstance(error, FatalError):
+                self._closed = True
             self._fail(batch.tickets, Refusal(pb.COMPUTE_FAILED, "the forward pass failed; the step was not applied"))
         else:
             for ticket in batch.tickets:
                 self._settle(ticket, None)
+        self.on_outcome(error)
         self._freed()
         # The device first: it computes while the replies are written.
         self._dispatch()

@@ -43,6 +43,8 @@ class ServerConfig:
     """Seconds that a step may wait for the device at most, whatever its own deadline."""
     stall_timeout_s: float = 10.0
     """Seconds after which a batch or an event loop that does not come to an end makes the server not ready."""
+    stall_exit_s: float = 300.0
+    """Seconds after which a batch or an event loop that hangs ends the process, to be started again; 0: never."""
     durability: str = ""
     """Where sessions outlive this process: sqlite:PATH, or for several servers redis://HOST:PORT/DB; empty: nowhere."""
     snapshot_interval_s: float = 0.25
@@ -72,6 +74,8 @@ class ServerConfig:
             self._require(name, 0 < getattr(self, name) < float("inf"), "more than 0")
         for name in ("max_wait_ms", "max_queue_delay_ms", "drain_timeout_s"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "at least 0")
+        longer = self.stall_exit_s == 0 or self.stall_timeout_s < self.stall_exit_s < float("inf")
+        self._require("stall_exit_s", longer, f"0, or more than stall_timeout_s, {self.stall_timeout_s:g}")
         self._require("max_queued", self.max_queued >= self.max_batch, f"at least max_batch, {self.max_batch}")
         self._require("max_message_bytes", self.max_message_bytes >= 1024, "at least 1024")
         self._require(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenuto_models import Policy, PolicyOutput
+from tenuto_models.errors import TornError
 from tenuto_models.sampling import uniforms
 from tenuto_server.arena import Slots, StateArena
 from tenuto_server.staging import Column, StagedColumns, Staging
@@ -169,6 +170,7 @@ class DeviceStep:
         """Advance n rows by one step; no slot is twice among them. Returns when the results are on the host.
 
         Columns ``[n]``; observations ``[n, O]``, uniforms ``[n, A]`` in (0, 1). A bucket's first call prepares it.
+        Raises TornError where it fails after rows may have changed.
         """
         num_rows = len(slots)
         size = next(size for size in self.sizes if size >= num_rows)
@@ -182,10 +184,13 @@ class DeviceStep:
             bucket.inputs.send()
             sent_s = time.perf_counter()
             bucket.run()
-            bucket.outputs.fetch()
-            self._synchronize()
-        ran_s = time.perf_counter()
-        results = DeviceResults(*(column[:num_rows].copy() for column in bucket.outputs.host.values()))
+            try:
+                bucket.outputs.fetch()
+                self._synchronize()
+                ran_s = time.perf_counter()
+                results = DeviceResults(*(column[:num_rows].copy() for column in bucket.outputs.host.values()))
+            except Exception as error:
+                raise TornError(f"a step of {num_rows} rows failed in the middle") from error
         self._spent_s = (sent_s - began_s, ran_s - sent_s, time.perf_counter() - ran_s)
         return results
 

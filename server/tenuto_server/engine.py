@@ -14,10 +14,11 @@ import torch
 
 from tenuto_models import Policy, TrainingProgress
 from tenuto_models.compiled import CompiledStep
+from tenuto_models.errors import TornError
 from tenuto_models.threads import name_thread
 from tenuto_server.arena import SlotPool, StateArena
 from tenuto_server.device_step import DeviceStep, can_fuse
-from tenuto_server.errors import ConfigurationError
+from tenuto_server.errors import ConfigurationError, FatalError
 from tenuto_server.host_step import HostStep
 from tenuto_server.step import Step, StepResults, StepRows
 
@@ -132,10 +133,24 @@ class Engine:
             del job
 
     def run(self, version: ServedVersion, rows: StepRows) -> StepResults:
-        """Advance every row by one step. The state of a row with non-finite results is left as it was."""
+        """Advance every row by one step. The state of a row with non-finite results is left as it was.
+
+        Raises FatalError where the device is lost, or state may have changed; whatever else it raises, none has.
+        """
         version.pool.require_current(rows.slots, rows.generations)
-        results = version.step.advance(rows)
-        version.pool.require_current(rows.slots, rows.generations)
+        try:
+            results = version.step.advance(rows)
+        except (RuntimeError, TornError) as error:
+            if isinstance(error, TornError) or _is_lost(error):
+                first_line = str(error.__cause__ or error).splitlines()[0]
+                raise FatalError(f"{self.device} cannot be relied upon any more: {first_line}") from error
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            raise
+        try:
+            version.pool.require_current(rows.slots, rows.generations)
+        except AssertionError as error:
+            raise FatalError(str(error)) from error
         return results
 
 
@@ -145,6 +160,12 @@ def _outcome(job: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return job(), None
     except BaseException as caught:  # noqa: BLE001 (handed to the caller)
         return None, caught
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether it is one of those errors of a GPU after which all that a process asks of it fails."""
+    text = str(error)
+    return not isinstance(error, torch.OutOfMemoryError) and "CUDA error" in text and "out of memory" not in text
 
 
 def choose_device(name: str) -> torch.device:

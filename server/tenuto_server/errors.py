@@ -2,6 +2,7 @@
 
 ServerError
 ├── ConfigurationError  a setting that the server cannot run with; ends the process before it serves
+├── FatalError          the device is lost, or a step was taken that could not be recorded; ends the process
 ├── CapacityError       memory for the sessions of a policy is not to be had
 ├── StoreError          the store of snapshots does not answer, or cannot write; it is tried again
 ├── SnapshotError       a snapshot that no session can go on from
@@ -59,6 +60,10 @@ class ServerError(Exception):
 
 class ConfigurationError(ServerError):
     """A setting that the server cannot run with."""
+
+
+class FatalError(ServerError):
+    """What would be served from now on could not be relied upon: the process ends, to be started again."""
 
 
 class CapacityError(ServerError):

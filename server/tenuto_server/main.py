@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import math
+import os
 import secrets
 import signal
 import socket
@@ -26,12 +28,12 @@ from tenuto_server.batch_queue import BatchQueue
 from tenuto_server.config import ServerConfig, parse_args
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine, choose_device
-from tenuto_server.errors import ConfigurationError, StoreError
+from tenuto_server.errors import ConfigurationError, FatalError, StoreError
 from tenuto_server.guard import guarded
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import READY, Metrics, MetricsServer
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
-from tenuto_server.reload import Reloader
+from tenuto_server.reload import Reloader, padding
 from tenuto_server.service import PolicyService
 from tenuto_server.sessions import Door
 from tenuto_server.stepper import Stepper
@@ -42,6 +44,10 @@ SERVICE = pb.DESCRIPTOR.services_by_name["PolicyService"].full_name
 _SWEEP_S = 0.25
 _DRAIN_LOOK_S = 0.05
 _STOP_GRACE_S = 2.0
+_FAILING_BATCHES = 5
+"""As many batches that fail one after another make the server not ready."""
+_EXIT_FATAL = 70
+"""Exit code where nothing can be relied upon any more."""
 _STORE_MARGIN_S = 60.0
 """For which a shared store keeps a session longer than it may be idle here and then at another server."""
 
@@ -82,6 +88,10 @@ class Server:
         )  # fmt: skip
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._is_stalled, self._swept_s = False, time.monotonic()
+        self._num_failed = 0
+        """Batches that failed since the last that did not."""
+        self._trying: asyncio.Task[None] | None = None
+        self.stepper.batcher.on_outcome = self._on_outcome
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._wanted: dict[tuple[str, int], asyncio.Task[bool]] = {}
         """Versions that are looked for."""
@@ -146,6 +156,7 @@ class Server:
         self.stepper.batcher.close()
         await server.stop(_STOP_GRACE_S)
         sweeping.cancel()
+        faulthandler.cancel_dump_traceback_later()
         if self.durability is not None:
             self.durability.close()
         self.engine.close()
@@ -206,7 +217,9 @@ class Server:
         if len(self.registry) == 0:
             return "empty"
         loop_s = time.monotonic() - self._swept_s
-        return "stalled" if max(loop_s, self.stepper.batcher.running_s) > self.config.stall_timeout_s else READY
+        if max(loop_s, self.stepper.batcher.running_s) > self.config.stall_timeout_s:
+            return "stalled"
+        return READY if self._num_failed < _FAILING_BATCHES else "failing"
 
     async def _sweep(self) -> None:
         """Regularly: expire idle sessions and late steps, drop unused versions, and say whether we are ready."""
@@ -217,6 +230,9 @@ class Server:
             self._swept_s = now_s
             state = self.state()
             self._log_stall(state)
+            self._wind_watchdog()
+            if state == "failing" and self._trying is None:
+                self._trying = asyncio.create_task(self._try_device())
             await self._set_health(serving=state == READY)
             for policy in self.registry:
                 for slot in policy.sessions.idle_slots(now_s, self.config.idle_timeout_s):
@@ -230,6 +246,42 @@ class Server:
             self.metrics.observe_device()
             due_s = time.monotonic() + _SWEEP_S
             await asyncio.sleep(_SWEEP_S)
+
+    def _wind_watchdog(self) -> None:
+        """Put off the end of the process, unless a batch hangs. It comes from a thread that needs no lock of Python's,
+        with the stacks of all threads on standard error.
+        """
+        if self.config.stall_exit_s and self.stepper.batcher.running_s <= 2 * _SWEEP_S:
+            faulthandler.dump_traceback_later(self.config.stall_exit_s, exit=True)
+
+    def _on_outcome(self, error: BaseException | None) -> None:
+        """Called after each batch."""
+        if error is None:
+            self._num_failed = 0
+            return
+        if isinstance(error, FatalError):
+            _end_at_once(error)
+        self._num_failed += 1
+        reason = "out_of_memory" if isinstance(error, (torch.OutOfMemoryError, MemoryError)) else "error"
+        self.metrics.failed_batches.labels(reason).inc()
+        if self._num_failed == _FAILING_BATCHES:
+            log.error("failing: %d batches in a row have failed", _FAILING_BATCHES)
+
+    async def _try_device(self) -> None:
+        """Compute a row of nobody's with every policy; nobody sends steps to a server that is not ready."""
+        try:
+            for policy in self.registry:
+                version = policy.newest
+                await self.engine.call(lambda v=version: self.engine.run(v, padding(v, 1)))
+        except FatalError as error:
+            _end_at_once(error)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next sweep tries again)
+            log.debug("the device still fails: %s", error)
+        else:
+            log.warning("the device computes again")
+            self._num_failed = 0
+        finally:
+            self._trying = None
 
     def _log_stall(self, state: str) -> None:
         if state == "stalled" and not self._is_stalled:
@@ -281,6 +333,13 @@ class Server:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+
+
+def _end_at_once(error: FatalError) -> None:
+    """End the process as a crash would: what it still holds is not written anywhere, since it may be wrong."""
+    log.critical("ending: %s", error)
+    logging.shutdown()
+    os._exit(_EXIT_FATAL)
 
 
 def _create(repository: Path) -> None:

@@ -38,12 +38,13 @@ _ROWS = tuple(float(2**i) for i in range(13))
 STATIONS = ("check", "admit", "submit", "gather", "run", "scatter", "reply")
 """Stations 2 to 8 of docs/request.md."""
 STEP_RPCS = ("Step", "StepBatch", "StepStream")
-STATES = ("loading", "empty", "serving", "stalled", "draining")
+STATES = ("loading", "empty", "serving", "stalled", "failing", "draining")
 READY = "serving"
 _NOT_READY = {
     "loading": "loading",
     "empty": "no policy is served yet",
     "stalled": "stalled: the device or the event loop has been busy with one thing for longer than stall_timeout_s",
+    "failing": "failing: one batch after another fails; the device is tried until it computes",
     "draining": "draining",
 }
 MAX_VERSION_LABELS = 32
@@ -68,7 +69,7 @@ class Metrics:
         self.state = Enum(
             "tenuto_state",
             "1 for what the server does: loading, empty (no policy yet), serving, stalled (the device or the event "
-            "loop hangs), draining.",
+            "loop hangs), failing (one batch after another), draining.",
             states=STATES, registry=r,
         )  # fmt: skip
 
@@ -99,6 +100,12 @@ class Metrics:
             ["policy"],
             registry=r,
         )
+        self.failed_batches = Counter(
+            "tenuto_failed_batches", "Batches that failed as a whole: out_of_memory, or error (see the log).",
+            ["reason"], registry=r,
+        )  # fmt: skip
+        for reason in ("out_of_memory", "error"):
+            self.failed_batches.labels(reason)
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", _ROWS, r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
         self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once, at the device's speed.", registry=r)
@@ -145,6 +152,11 @@ class Metrics:
         )  # fmt: skip
 
         # Versions.
+        self.repository_readable = Gauge(
+            "tenuto_repository_readable",
+            "1 if the repository was there and could be read at the last look.",
+            registry=r,
+        )
         self.newest_version = Gauge("tenuto_newest_version", "Version of new episodes.", ["policy"], registry=r)
         self.newest_published = Gauge(
             "tenuto_newest_version_published_timestamp_seconds", "When the files of the newest version were written.",

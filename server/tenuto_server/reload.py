@@ -7,8 +7,10 @@ and only then offered to new episodes. One that is refused is named, counted, an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -49,6 +51,7 @@ class Reloader:
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
         self._one_at_a_time = asyncio.Lock()
+        self._is_readable = True
         self._unreadable: set[str] = set()
         """Policies whose folder could not be read at the last look."""
         self._too_large: dict[str, int] = {}
@@ -64,6 +67,20 @@ class Reloader:
         self.has_scanned = True
         if len(self._registry) == 0:
             log.warning("no policy of %s is served; waiting for a version that can be", self._repository)
+        while not stop.is_set():
+            try:
+                await self._watch_one(poll_s, stop)
+            except FileNotFoundError:
+                # There is nothing to watch until somebody brings it back.
+                await self._scan_safely()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stop.wait(), poll_s)
+
+    async def _watch_one(self, poll_s: float, stop: asyncio.Event) -> None:
+        """Scan at changes until another folder is in the repository's place, of which no events would come. Raises
+        FileNotFoundError where there is none.
+        """
+        watched = _identity(self._repository)
         async for _ in awatch(
             self._repository,
             debounce=_DEBOUNCE_MS,
@@ -75,6 +92,8 @@ class Reloader:
             ignore_permission_denied=True,
         ):
             await self._scan_safely()
+            if _identity(self._repository) != watched:
+                return
 
     async def _scan_safely(self) -> None:
         try:
@@ -112,7 +131,13 @@ class Reloader:
 
     async def _scan(self) -> None:
         present: dict[str, list[int]] = {}
-        for name in await asyncio.to_thread(checkpoint.policies, self._repository):
+        try:
+            names = await asyncio.to_thread(_policies, self._repository)
+        except OSError as error:
+            self._tell_repository(error)
+            return
+        self._tell_repository(None)
+        for name in names:
             policy = self._registry.get(name)
             current = policy.newest.version if policy else self._too_large.get(name, 0)
             try:
@@ -134,6 +159,15 @@ class Reloader:
                     self._too_large[name] = version
                     break
         self._registry.refused.keep_only(present)
+
+    def _tell_repository(self, error: OSError | None) -> None:
+        """Say once that the repository is gone, and once that it is back: what is served goes on meanwhile."""
+        if error is not None and self._is_readable:
+            log.error("cannot read the repository %s: %s; what is served goes on", self._repository, error)
+        elif error is None and not self._is_readable:
+            log.warning("the repository %s can be read again", self._repository)
+        self._is_readable = error is None
+        self._metrics.repository_readable.set(self._is_readable)
 
     def _cannot_read(self, name: str, error: OSError) -> None:
         if name not in self._unreadable:
@@ -209,7 +243,7 @@ class Reloader:
     async def _warm(self, served: ServedVersion) -> None:
         """Run a batch of every size that has code of its own. Raises CheckpointError where the output is not finite."""
         for size in served.step.sizes:
-            results = await self._engine.call(lambda size=size: served.step.advance(_padding(served, size)))
+            results = await self._engine.call(lambda size=size: served.step.advance(padding(served, size)))
             if not results.finite.all():
                 raise CheckpointError("its output is not finite")
 
@@ -226,8 +260,8 @@ class Reloader:
         log.warning("%s", message)
 
 
-def _padding(served: ServedVersion, rows: int) -> StepRows:
-    """Rows of the spare slot, which no session has."""
+def padding(served: ServedVersion, rows: int) -> StepRows:
+    """Make rows of the spare slot, which no session has."""
     slots = np.full(rows, served.arena.spare)
     nothing, observation = np.zeros(rows, np.uint64), np.linspace(-1, 1, served.observation_size, dtype=np.float32)
     return StepRows(
@@ -244,6 +278,21 @@ def _read(folder: Path, device_type: str) -> Checkpoint:
     if device_type == "cpu":
         CompiledStep(loaded.policy).try_out()
     return loaded
+
+
+def _policies(repository: Path) -> list[str]:
+    """Return the names of the policies. Raises OSError where there is no repository, or it cannot be read."""
+    with os.scandir(repository):
+        return checkpoint.policies(repository)
+
+
+def _identity(folder: Path) -> object:
+    """What tells a folder from another in its place."""
+    try:
+        stat = folder.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _form(folder: Path) -> object:
