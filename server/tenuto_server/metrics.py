@@ -182,6 +182,20 @@ class Metrics:
         for reason in ("snapshot_invalid", "snapshot_mismatch", "capacity_reached", "session_exists"):
             self.snapshots_refused.labels(reason)
 
+        # Access.
+        self.credential_reloads = Counter(
+            "tenuto_credential_reloads",
+            "Changed files of tokens or tls: taken into use, or refused (those before go on, see the log).",
+            ["files", "outcome"], registry=r,
+        )  # fmt: skip
+        for files in ("tokens", "tls"):
+            for outcome in ("taken", "refused"):
+                self.credential_reloads.labels(files, outcome)
+        self.certificate_expiry = Gauge(
+            "tenuto_tls_certificate_expiry_timestamp_seconds", "When the server's certificate ends; without one, 0.",
+            registry=r,
+        )  # fmt: skip
+
         # Memory.
         self.arena_bytes = Gauge("tenuto_arena_bytes", "Device memory of sessions' state.", ["policy"], registry=r)
         self.device_memory = Gauge(
