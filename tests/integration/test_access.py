@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import status_pb2
 
 from serving import ServerProcess, publish, small_policy, wait_until
 from tenuto_client import (
@@ -23,9 +24,9 @@ from tenuto_client import (
 )
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server import tokens
-from tenuto_server.service import PolicyService
 from tenuto_server.principals import Principal
-from wire import CODEC, observations
+from tenuto_server.service import PolicyService
+from wire import CODEC, failure, observations, reason
 
 OBSERVED = observations(1)[0]
 NEVER = 7_000_000_019
@@ -63,21 +64,6 @@ def rows(session_ids: list[int], index: int = 0) -> pb.StepBatchRequest:
     return pb.StepBatchRequest(
         session_ids=session_ids, step_indices=[index] * n, observations=CODEC.pack(stacked, n), request_id=1
     )
-
-
-def failure(call: Callable[[], Any]) -> tuple[Any, ...]:
-    """All that a client can see of a call that fails: code, text, and every piece of metadata."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    error: Any = caught.value
-    return error.code(), error.details(), sorted((k, v) for k, v in error.trailing_metadata() or ())
-
-
-def reason(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
-    code, _, metadata = failure(call)
-    info = error_details_pb2.ErrorInfo()
-    assert status_pb2.Status.FromString(dict(metadata)["grpc-status-details-bin"]).details[0].Unpack(info)
-    return code, info.reason
 
 
 def nameless(seen: Any, session_id: int) -> str:
@@ -165,7 +151,7 @@ def test_a_session_of_somebody_else_is_told_of_as_one_that_never_was(
     alice: Caller, bob: Caller, call: str, state: str
 ) -> None:
     theirs = in_state(alice, state)
-    seen, expected = (failure(lambda: CALLS[call](bob, i)) for i in (theirs, NEVER))
+    seen, expected = (failure(partial(CALLS[call], bob, session_id)) for session_id in (theirs, NEVER))
     assert seen[0] == grpc.StatusCode.NOT_FOUND
     # The id stands also in the encoded details, whose length then differs.
     assert seen[1].replace(str(theirs), "<id>") == expected[1].replace(str(NEVER), "<id>")
