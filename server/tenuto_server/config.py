@@ -73,6 +73,8 @@ class ServerConfig:
     """CPU threads that share a large batch; 0: one per core, at most 4."""
     deterministic: bool = False
     """Serve a policy only if the self-test finds its results to be the same bits in every batch size and place."""
+    checkpoint_public_key: Path | None = None
+    """PEM file of ed25519 public keys: versions that none of them has signed are refused. See docs/security.md."""
     poll_s: float = 5.0
     """Seconds between looks at the repository besides file system events, which network mounts do not send."""
     log_level: str = "INFO"
