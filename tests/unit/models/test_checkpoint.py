@@ -209,7 +209,7 @@ def test_a_spoiled_checkpoint_is_refused(version: Path, case: str) -> None:
 
 def linked(path: Path, target: Path | None = None) -> None:
     """Put a link in a file's or folder's place, to the same content or to a target."""
-    moved = path.parent.parent / f"moved-{path.name}"
+    moved = path.parent / f".moved-{path.name}"
     path.rename(moved)
     path.symlink_to(target or moved)
 
