@@ -159,6 +159,21 @@ def read(folder: Path, verifier: Verifier | None = None) -> Checkpoint:
     )
 
 
+def sign(folder: Path, signer: Signer) -> None:
+    """Sign a version that is published, in place of any signature that it has. Raises CheckpointError."""
+    read(folder)
+    with _opened(folder) as files:
+        text = _read_file(folder, files, MANIFEST, MAX_MANIFEST_BYTES)
+    temporary = folder / f".{SIGNATURE}-{os.getpid()}"
+    try:
+        _write_synced(temporary, signer.sign(text))
+        temporary.rename(folder / SIGNATURE)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {SIGNATURE} cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def versions(folder: Path) -> list[int]:
     """Return the version numbers below ``<repository>/<policy>``, ascending; unfinished writes are not among them.
 

@@ -1,8 +1,8 @@
 """Signatures of checkpoints, ed25519: whoever may write to a repository can still not put a version of his own there.
 
-``python -m tenuto_models.signing SECRET PUBLIC`` makes a key pair: the trainer signs with the first file, servers check
-with the second. Both are PEM. The file of public keys may hold several, one after the other, so that a key can be
-replaced.
+``python -m tenuto_models.signing make-keys SECRET PUBLIC`` makes a key pair: the trainer signs with the first file,
+servers check with the second. ``… sign SECRET VERSION`` signs a version that lies in a repository already. Keys are PEM;
+the file of public keys may hold several, one after the other, so that a key can be replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from tenuto_models.errors import ConfigError
+from tenuto_models.errors import ConfigError, ModelError
 from tenuto_models.safe_files import read_regular
 
 SIGNATURE_BYTES = 64
@@ -116,12 +116,23 @@ def _read(path: Path) -> bytes:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m tenuto_models.signing", description=__doc__, allow_abbrev=False)
-    parser.add_argument("secret", type=Path, metavar="SECRET", help="file to make, for the trainer alone")
-    parser.add_argument("public", type=Path, metavar="PUBLIC", help="file to make, for the servers")
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("make-keys", help="make a key pair")
+    making.add_argument("secret", type=Path, metavar="SECRET", help="file to make, for the trainer alone")
+    making.add_argument("public", type=Path, metavar="PUBLIC", help="file to make, for the servers")
+    signing = commands.add_parser("sign", help="sign a version after looking whether it is sound")
+    signing.add_argument("secret", type=Path, metavar="SECRET", help="file of the secret key")
+    signing.add_argument("version", type=Path, metavar="VERSION", help="<repository>/<policy>/<version>")
     flags = parser.parse_args(argv)
     try:
-        make_key_pair(flags.secret, flags.public)
-    except ConfigError as error:
+        if flags.command == "make-keys":
+            make_key_pair(flags.secret, flags.public)
+        else:
+            # Torch takes seconds to import.
+            from tenuto_models import checkpoint
+
+            checkpoint.sign(flags.version, Signer.from_file(flags.secret))
+    except ModelError as error:
         sys.exit(f"signing: {error}")
 
 

@@ -345,12 +345,25 @@ def test_the_command_makes_a_pair_whose_secret_is_its_owners_and_overwrites_none
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret, public = tmp_path / "secret.pem", tmp_path / "public.pem"
-    main([str(secret), str(public)])
+    main(["make-keys", str(secret), str(public)])
     assert secret.stat().st_mode & 0o777 == 0o600 and "PRIVATE" not in public.read_text()
     before = secret.read_bytes()
     with pytest.raises(SystemExit, match="cannot be made"):
-        main([str(secret), str(public)])
+        main(["make-keys", str(secret), str(public)])
     assert secret.read_bytes() == before and capsys.readouterr().out == ""
+
+
+def test_a_version_that_lies_there_already_can_be_signed_by_a_command(version: Path, tmp_path: Path) -> None:
+    secret, public = tmp_path / "secret.pem", tmp_path / "public.pem"
+    main(["make-keys", str(secret), str(public)])
+    verifier = Verifier.from_file(public)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read(version, verifier)
+    main(["sign", str(secret), str(version)])
+    assert checkpoint.read(version, verifier).version == 1
+    truncate(version)
+    with pytest.raises(SystemExit, match="sha256: got"):
+        main(["sign", str(secret), str(version)])
 
 
 @pytest.mark.parametrize(
