@@ -1,8 +1,8 @@
 """Signatures of checkpoints, ed25519: whoever may write to a repository can still not put a version of his own there.
 
 ``python -m tenuto_models.signing make-keys SECRET PUBLIC`` makes a key pair: the trainer signs with the first file,
-servers check with the second. ``… sign SECRET VERSION`` signs a version that lies in a repository already. Keys are PEM;
-the file of public keys may hold several, one after the other, so that a key can be replaced.
+servers check with the second. ``… sign SECRET VERSION`` signs a version that lies in a repository already. Keys are
+PEM; the file of public keys may hold several, one after the other, so that a key can be replaced.
 """
 
 from __future__ import annotations
