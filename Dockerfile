@@ -55,7 +55,8 @@ USER 10001:10001
 EXPOSE 50051 9464
 # Healthy means that steps are answered, so not before there is a policy in the repository, and no more while draining.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=60s --retries=3 CMD ["python3", "/opt/tenuto/health.py"]
-# Later flags go before earlier ones: `docker run … tenuto-server --capacity 1024`.
+# Later flags go before earlier ones: `docker run … tenuto-server --capacity 1024`. It does not start without
+# --tls-certificate and --tls-key, or --insecure: all addresses are the container's, who else reaches them it cannot know.
 ENTRYPOINT ["tenuto-start", "tenuto-serve", "--host", "0.0.0.0", "--repository", "/repository"]
 
 # tenuto-train, and tenuto-play with its environments: `docker run … tenuto-trainer tenuto-play --env …`.

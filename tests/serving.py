@@ -23,6 +23,7 @@ from gymnasium import spaces
 from prometheus_client.parser import text_string_to_metric_families
 
 from tenuto_models import DNCConfig, FrameconvConfig, Policy, PolicyConfig, TrainingProgress, checkpoint
+from tenuto_models.signing import Signer
 from tenuto_proto.v1 import policy_pb2_grpc
 
 OBSERVATIONS = spaces.Tuple((spaces.Box(-1, 1, (3,)), spaces.Discrete(4)))
@@ -57,11 +58,13 @@ def overflowing_policy() -> Policy:
     return policy
 
 
-def publish(repository: Path, policy: Policy, name: str = "policy", version: int | None = None) -> Path:
-    return checkpoint.write(repository, name, policy, TrainingProgress(), version)
+def publish(
+    repository: Path, policy: Policy, name: str = "policy", version: int | None = None, signer: Signer | None = None
+) -> Path:
+    return checkpoint.write(repository, name, policy, TrainingProgress(), version, signer)
 
 
-def edit_manifest(version: Path, **changes: Any) -> None:
+def edit_manifest(version: Path, /, **changes: Any) -> None:
     """Change a manifest and make its own checksum right again, as a careful forger would."""
     manifest = json.loads((version / "manifest.json").read_text()) | changes
     rest = {k: v for k, v in manifest.items() if k != "manifest_sha256"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -38,6 +38,21 @@ def refused(call: Any, *arguments: Any, **options: Any) -> tuple[grpc.StatusCode
             assert info.domain == "tenuto.v1"
             return error.code(), info.reason, dict(info.metadata)
     return error.code(), "", {}
+
+
+def failure(call: Callable[[], Any]) -> tuple[Any, ...]:
+    """All that a client can see of a call that fails: code, text, and every piece of metadata."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    error: Any = caught.value
+    return error.code(), error.details(), sorted((k, v) for k, v in error.trailing_metadata() or ())
+
+
+def reason(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str]:
+    code, _, metadata = failure(call)
+    info = error_details_pb2.ErrorInfo()
+    assert status_pb2.Status.FromString(dict(metadata)["grpc-status-details-bin"]).details[0].Unpack(info)
+    return code, info.reason
 
 
 class WireSession:

@@ -49,6 +49,8 @@ class Order:
     """Of its sessions, how many are recorded."""
     warmup_s: float
     seconds: float
+    access_files: dict[str, str] = field(default_factory=dict[str, str])
+    """By which it says who it is: paths, by the names of AccessFiles' fields."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -38,14 +38,18 @@ class Clients:
         seconds: float,
         sampled: int = SAMPLED,
         command: Sequence[str] = OWN_CLIENT,
+        access_files: Mapping[str, str] | None = None,
     ) -> None:
+        """``access_files``: paths, by the names of AccessFiles' fields."""
         self.case, self._processes = case, list[subprocess.Popen[str]]()
         self._limit_s, self._hung = _START_S + warmup_s + 2 * seconds, False
         self._watchdog = threading.Timer(self._limit_s, self._give_up)
         self._watchdog.start()
         try:
             for numbers in case.shares():
-                order = Order(address, case, numbers[0], len(numbers), sampled, warmup_s, seconds)
+                order = Order(
+                    address, case, numbers[0], len(numbers), sampled, warmup_s, seconds, dict(access_files or {})
+                )
                 self._processes.append(_start(command, order))
             self._await("ready")
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,14 @@ import numpy as np
 from tenuto_bench.cases import NUM_OBSERVATIONS, RECORDED_STEPS, Order, Recording, is_start, observation_number
 from tenuto_bench.loops import Loop, main, observations, stacked
 from tenuto_client import AsyncRemotePolicy, AsyncRemoteVectorPolicy, TenutoError
+from tenuto_client.access_files import AccessFiles
 
 OUTPUTS = ("value",)
+
+
+def _access(order: Order) -> dict[str, Any]:
+    files = AccessFiles(**{name: Path(path) for name, path in order.access_files.items()})
+    return {"credentials": files.credentials(), "token": files.token()}
 
 
 class SessionLoop(Loop):
@@ -22,7 +29,13 @@ class SessionLoop(Loop):
         super().__init__(range(number, number + 1), int(recorded))
         transport = "stream" if order.case.mode == "stream" else "unary"
         self._policy = AsyncRemotePolicy(
-            order.address, order.case.policy, transport=transport, seed=number, outputs=OUTPUTS, timeout_s=10.0
+            order.address,
+            order.case.policy,
+            transport=transport,
+            seed=number,
+            outputs=OUTPUTS,
+            timeout_s=10.0,
+            **_access(order),
         )
 
     async def connect(self) -> None:
@@ -52,7 +65,7 @@ class VectorLoop(Loop):
         super().__init__(numbers, recorded)
         self._policy = AsyncRemoteVectorPolicy(
             order.address, len(numbers), order.case.policy, transport="stream", seed=numbers[0], outputs=OUTPUTS,
-            timeout_s=10.0,
+            timeout_s=10.0, **_access(order),
         )  # fmt: skip
 
     async def connect(self) -> None:

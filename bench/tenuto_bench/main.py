@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from tenuto_bench.cases import MODES, Case, Outcome
 from tenuto_bench.clients import SAMPLED, Clients, LoadError, outcome
 from tenuto_bench.replay import count_wrong
 from tenuto_bench.served import MEMORIES, Served, ServerError, own_server
+from tenuto_client.access_files import AccessFiles, add_access_flags
 
 PROCESS_CPU, BATCHES, ROWS = "process_cpu_seconds_total", "tenuto_batch_rows_count", "tenuto_batch_rows_sum"
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(served: Served, case: Case, warmup_s: float, seconds: float, sampled: int = SAMPLED) -> Outcome:
     """Run one case and check the answers to ``sampled`` sessions of each process. Raises LoadError or ServerError."""
-    clients = Clients(served.address, case, warmup_s, seconds, sampled)
+    clients = Clients(served.address, case, warmup_s, seconds, sampled, access_files=served.access_files)
     try:
         names = (PROCESS_CPU, BATCHES, ROWS) if served.metrics_url else ()
         clients.warm_up()
@@ -103,7 +104,12 @@ def _server(flags: argparse.Namespace) -> Generator[Served]:
             yield served
     else:
         url = f"http://{flags.metrics}/metrics" if flags.metrics else None
-        yield Served(flags.address, url, flags.repository)
+        yield Served(flags.address, url, flags.repository, access_files=_access_files(flags))
+
+
+def _access_files(flags: argparse.Namespace) -> dict[str, str]:
+    paths = {of_access.name: getattr(flags, of_access.name) for of_access in fields(AccessFiles)}
+    return {name: str(path) for name, path in paths.items() if path is not None}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -126,9 +132,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=_seconds, default=5.0, help="of each case (default: 5)")
     parser.add_argument("--warmup", type=_seconds, default=1.0, help="seconds before it (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    add_access_flags(parser)
     flags = parser.parse_args(argv)
     if flags.address is None and (flags.metrics or flags.repository):
         parser.error("--metrics and --repository are of the server at --address, which is missing")
+    try:
+        access = AccessFiles(**{name: Path(path) for name, path in _access_files(flags).items()})
+        access.token()
+        access.credentials()
+    except ValueError as error:
+        parser.error(str(error))
     if flags.json and not flags.json.absolute().parent.is_dir():
         parser.error(f"--json: got {flags.json}, whose folder does not exist")
     if flags.repository and not flags.repository.is_dir():

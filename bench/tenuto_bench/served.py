@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -38,6 +38,8 @@ class Served:
     """Where its policies lie, for the replay."""
     pid: int | None = None
     """Its process, where it is one of ours."""
+    access_files: dict[str, str] = field(default_factory=dict[str, str])
+    """By which clients say who they are: paths, by the names of AccessFiles' fields."""
 
     def metric(self, name: str, labels: str = "") -> float:
         """A metric's value, summed over its rows, those with ``labels`` (``station="run"``) where they are given.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
@@ -16,7 +17,7 @@ from tenuto_client.results import StepResult
 from tenuto_client.session import Session
 from tenuto_client.shared_stream import SharedStream
 from tenuto_client.step import Step
-from tenuto_client.transport import checked_reply, metadata_of
+from tenuto_client.transport import authorization_of, checked_reply, metadata_of
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
 
@@ -29,14 +30,16 @@ class AioTransport:
         address: str,
         credentials: grpc.ChannelCredentials | None = None,
         *,
+        token: str | None = None,
         stream: bool = False,
         shared: bool = False,
     ) -> None:
         """Open nothing yet, so that it can be built outside the loop.
 
         ``stream``: StepBatch travels over one StepStream. ``shared``: the connection is that of all others to this
-        address, and Step travels over their common stream.
+        address with the same token, and Step travels over their common stream. ``token``: as Transport's.
         """
+        self._authorization = authorization_of(token)
         self._address, self._credentials, self._uses_stream = check_address(address), credentials, stream
         self._is_shared = shared
         self._shared: SharedStream | None = None
@@ -114,7 +117,8 @@ class AioTransport:
             if self._shared is not None and call.step is not None:
                 return await self._shared.send(call.step, call.timeout_s)
             method = getattr(self._stub, call.method)
-            return await method(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
+            metadata = metadata_of(call, self._authorization)
+            return await method(call.request, timeout=call.timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             return error_from_rpc(error, call.server_epoch)
         except TenutoError as error:
@@ -127,10 +131,10 @@ class AioTransport:
 
     def _open(self) -> None:
         if self._is_shared:
-            self._shared = SharedStream.acquire(self._address, self._credentials)
+            self._shared = SharedStream.acquire(self._address, self._credentials, self._authorization)
             self._channel, self._stub = self._shared.channel, self._shared.stub
             return
         self._channel = open_channel(self._address, self._credentials)
         self._stub = PolicyServiceStub(self._channel)
         if self._uses_stream:
-            self._stream = AioStepStream(self._stub.StepStream)
+            self._stream = AioStepStream(partial(self._stub.StepStream, metadata=self._authorization))

@@ -8,10 +8,11 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from types import FrameType
 from typing import Any, NoReturn
 
+from tenuto_client.access_files import AccessFiles, add_access_flags
 from tenuto_client.address import check_address
 from tenuto_client.errors import (
     GYM_ADVICE,
@@ -56,8 +57,12 @@ class PlayOptions:
     """Seconds for one step with all its retries."""
     wait_s: float = 30.0
     """Seconds to wait for the server and the policy, at first and since the server was last seen."""
+    access: AccessFiles = field(default_factory=AccessFiles)
+    """Who calls, and whom to trust to be the server."""
 
     def __post_init__(self) -> None:
+        self.access.token()
+        self.access.credentials()
         if self.num_envs < 1:
             raise ValueError(f"--num-envs: got {self.num_envs}, expected at least 1")
         if self.episodes < 0:
@@ -88,7 +93,10 @@ def parse_args(argv: Sequence[str] | None = None) -> PlayOptions:
     parser.add_argument("--seed", type=int, help="of environments and actions")
     parser.add_argument("--timeout-s", type=float, default=PlayOptions.timeout_s, help="of one step with its retries")
     parser.add_argument("--wait-s", type=float, default=PlayOptions.wait_s, help="for a server that is away")
-    return PlayOptions(**vars(parser.parse_args(argv)))
+    add_access_flags(parser)
+    flags = vars(parser.parse_args(argv))
+    access = AccessFiles(**{of_access.name: flags.pop(of_access.name) for of_access in fields(AccessFiles)})
+    return PlayOptions(**flags, access=access)
 
 
 def play(options: PlayOptions, statistics: PlayStatistics) -> None:
@@ -111,6 +119,8 @@ def play(options: PlayOptions, statistics: PlayStatistics) -> None:
         outputs=(),
         timeout_s=options.timeout_s,
         wait_for_policy_s=options.wait_s,
+        credentials=options.access.credentials(),
+        token=options.access.token(),
     )
     final_rewards: Any = None
     try:

@@ -49,14 +49,17 @@ class RemotePolicy:
         timeout_s: float = 5.0,
         wait_for_policy_s: float = 0.0,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
     ) -> None:
-        """Connect with the first use. ``address`` is host:port, ``transport`` is explained in SessionTransport, the
-        other arguments are in PolicyOptions.
+        """Connect with the first use. ``address`` is host:port, ``transport`` is explained in SessionTransport.
+
+        ``credentials``: gRPC's, for TLS; None: not encrypted. ``token``: says who calls, where the server asks; whoever
+        can read the network reads it where nothing is encrypted. The other arguments are in PolicyOptions.
         """
         self._session = Session(
             PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
         )
-        self._transport = Transport(address, credentials, stream=is_stream(transport))
+        self._transport = Transport(address, credentials, token=token, stream=is_stream(transport))
 
     def connect(self, on_wait: OnWait = None) -> ServedPolicy:
         """Find the policy and open a session now rather than with the first step. Repeating it does nothing.
@@ -170,12 +173,13 @@ class AsyncRemotePolicy:
         timeout_s: float = 5.0,
         wait_for_policy_s: float = 0.0,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
     ) -> None:
         """As RemotePolicy's."""
         self._session = Session(
             PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
         )
-        self._transport = AioTransport(address, credentials, shared=is_stream(transport))
+        self._transport = AioTransport(address, credentials, token=token, shared=is_stream(transport))
 
     async def connect(self, on_wait: OnWait = None) -> ServedPolicy:
         """As RemotePolicy.connect."""

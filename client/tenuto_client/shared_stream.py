@@ -7,6 +7,7 @@ turn of the event loop, or when the message before it is written.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from math import inf
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -18,10 +19,12 @@ from tenuto_client.aio_stream import AioStepStream, Connection, open_channel
 from tenuto_client.errors import TenutoError, error_from_rpc
 from tenuto_client.step import Answer, Step, StepForm
 from tenuto_client.stream import stream_silent
+from tenuto_client.transport import Metadata
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
 
-_Key = tuple[str, grpc.ChannelCredentials | None]
+_Key = tuple[str, grpc.ChannelCredentials | None, Metadata]
+"""Address, credentials, and what says who calls."""
 _Row = tuple[Step, asyncio.Future[Answer], float, float]
 """A step, its waiter, its timeout in seconds, and until when it waits, by the loop's clock."""
 
@@ -35,16 +38,18 @@ class SharedStream:
         """Use :meth:`acquire`."""
         self._key, self._users = key, 0
         self.channel, self.stub = channel, PolicyServiceStub(channel)
-        self._stream = AioStepStream(self.stub.StepStream)
+        self._stream = AioStepStream(partial(self.stub.StepStream, metadata=key[2]))
         self._loop = asyncio.get_running_loop()
         self._filling: dict[Any, _Message] = {}
         """By the key of its steps' form: a message that still takes rows in."""
 
     @classmethod
-    def acquire(cls, address: str, credentials: grpc.ChannelCredentials | None) -> SharedStream:
+    def acquire(
+        cls, address: str, credentials: grpc.ChannelCredentials | None, authorization: Metadata = ()
+    ) -> SharedStream:
         """Return the running loop's stream to an address, a new one where there is none. To be released once."""
         of_key = cls._of_loop.setdefault(asyncio.get_running_loop(), {})
-        key = (address, credentials)
+        key = (address, credentials, authorization)
         if key not in of_key:
             of_key[key] = cls(key, open_channel(address, credentials))
         of_key[key]._users += 1

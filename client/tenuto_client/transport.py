@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -18,6 +20,8 @@ from tenuto_client.stream import StepStream
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
 
+# RFC 6750. gRPC's own complaint about other characters would quote the token.
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 CHANNEL_OPTIONS = (
     # Sizes are checked against the server's own limit before sending, see ServedPolicy.refuse_too_large.
     ("grpc.max_send_message_length", -1),
@@ -37,9 +41,23 @@ CHANNEL_OPTIONS = (
 )
 
 
-def metadata_of(call: Call) -> tuple[tuple[str, str], ...]:
+Metadata = tuple[tuple[str, str], ...]
+
+
+def authorization_of(token: str | None) -> Metadata:
+    """Return what says who calls. Raises ValueError for a token that cannot travel; its text does not hold it."""
+    if token is None:
+        return ()
+    if not _TOKEN.fullmatch(token):
+        raise ValueError(
+            f"token: got {len(token)} characters, expected letters, digits and -._~+/ alone, perhaps = last"
+        )
+    return (("authorization", f"Bearer {token}"),)
+
+
+def metadata_of(call: Call, authorization: Metadata) -> Metadata:
     """Return what travels beside a call."""
-    return (("x-session-id", str(call.session_id)),) if call.session_id else ()
+    return (("x-session-id", str(call.session_id)), *authorization) if call.session_id else authorization
 
 
 def checked_reply(call: Call, reply: Any) -> Any:
@@ -57,20 +75,24 @@ class Transport:
         address: str,
         credentials: grpc.ChannelCredentials | None = None,
         *,
+        token: str | None = None,
         stream: bool = False,
     ) -> None:
         """Connect lazily, with the first call. ``stream``: Step and StepBatch travel over one StepStream.
 
-        Raises ValueError for an address at which no server can be.
+        ``token``: sent with every call, also where ``credentials`` are None and nothing is encrypted. Raises ValueError
+        for an address at which no server can be, or a token that cannot be sent.
         """
         check_address(address)
         self._credentials = credentials
+        self._authorization = authorization_of(token)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
         else:
             self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
         self._stub: Any = PolicyServiceStub(self._channel)
-        self._stream = StepStream(self._stub.StepStream) if stream else None
+        open_stream = partial(self._stub.StepStream, metadata=self._authorization)
+        self._stream = StepStream(open_stream) if stream else None
         self.is_closed = False
         """Whether close() was called."""
 
@@ -136,7 +158,8 @@ class Transport:
 
     def _blocking(self, call: Call) -> Any:
         try:
-            return getattr(self._stub, call.method)(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
+            metadata = metadata_of(call, self._authorization)
+            return getattr(self._stub, call.method)(call.request, timeout=call.timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             return error_from_rpc(error, call.server_epoch)
         except ValueError as error:
@@ -160,7 +183,8 @@ class Transport:
         if self._stream is not None and isinstance(call.request, pb.StepBatchRequest):
             return self._stream.send(call.request, call.timeout_s)
         method = getattr(self._stub, call.method)
-        return method.future(call.request, timeout=call.timeout_s, metadata=metadata_of(call))
+        metadata = metadata_of(call, self._authorization)
+        return method.future(call.request, timeout=call.timeout_s, metadata=metadata)
 
     def _finish(self, call: Call, handle: Any) -> Any:
         try:

@@ -47,11 +47,14 @@ class RemoteVectorPolicy:
         timeout_s: float = 5.0,
         wait_for_policy_s: float = 0.0,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
     ) -> None:
-        """Connect with the first use. ``address`` is host:port; the other arguments are explained in PolicyOptions."""
+        """Connect with the first use. ``address`` is host:port; ``credentials`` and ``token`` are as for RemotePolicy,
+        the other arguments are explained in PolicyOptions.
+        """
         options = PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
         self._rows = SessionRows(options, num_envs)
-        self._transport = Transport(address, credentials, stream=is_stream(transport))
+        self._transport = Transport(address, credentials, token=token, stream=is_stream(transport))
 
     @property
     def num_envs(self) -> int:
@@ -150,11 +153,12 @@ class AsyncRemoteVectorPolicy:
         timeout_s: float = 5.0,
         wait_for_policy_s: float = 0.0,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
     ) -> None:
         """As RemoteVectorPolicy's."""
         options = PolicyOptions.build(policy_name, version, seed, deterministic, outputs, timeout_s, wait_for_policy_s)
         self._rows = SessionRows(options, num_envs)
-        self._transport = AioTransport(address, credentials, stream=is_stream(transport))
+        self._transport = AioTransport(address, credentials, token=token, stream=is_stream(transport))
 
     @property
     def num_envs(self) -> int:

@@ -1,7 +1,10 @@
 """A checkpoint: ``<repository>/<policy>/<version>/`` with ``weights.safetensors`` and ``manifest.json``.
 
 The only thing that the trainer and the server share. :func:`write` makes a version appear whole or not at all;
-:func:`read` verifies every byte of it before anything is used. There is no pickle in it.
+:func:`read` verifies every byte of it before anything is used. There is no pickle in it. ``manifest.sig``, where there
+is one, is the ed25519 signature of the manifest, which names the version and holds the digest of its weights.
+
+Below the repository no link is followed: a version is what lies in its own folder.
 """
 
 from __future__ import annotations
@@ -14,10 +17,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,10 +32,16 @@ from tenuto_models import spaces
 from tenuto_models.errors import CheckpointError, ConfigError
 from tenuto_models.memory import StateSpec
 from tenuto_models.policy import Policy, PolicyConfig
+from tenuto_models.safe_files import open_folder, read_regular
 from tenuto_models.training import TrainingProgress
 
+if TYPE_CHECKING:
+    # Who neither signs nor checks needs no cryptography.
+    from tenuto_models.signing import Signer, Verifier
+
 FORMAT_VERSION = 1
-WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+WEIGHTS, MANIFEST, SIGNATURE = "weights.safetensors", "manifest.json", "manifest.sig"
+MAX_WEIGHTS_BYTES, MAX_MANIFEST_BYTES = 4 * 1024**3, 16 * 1024**2
 FLATTENING = "gymnasium.spaces.flatten"
 _POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
@@ -55,12 +65,17 @@ class Checkpoint:
 
 
 def write(
-    repository: Path, policy_name: str, policy: Policy, training: TrainingProgress, version: int | None = None
+    repository: Path,
+    policy_name: str,
+    policy: Policy,
+    training: TrainingProgress,
+    version: int | None = None,
+    signer: Signer | None = None,
 ) -> Path:
     """Publish a version and return its folder. Without ``version`` it is the highest present + 1.
 
-    The folder appears by one rename after everything in it is on disk. Raises CheckpointError if the name is not
-    usable, the version exists, or a weight is not finite.
+    ``signer``: for servers that take signed versions only. The folder appears by one rename after everything in it is
+    on disk. Raises CheckpointError if the name is not usable, the version exists, or a weight is not finite.
     """
     if not _POLICY_NAME.fullmatch(policy_name):
         raise CheckpointError(f"policy name: got {policy_name!r}, expected {_POLICY_NAME.pattern}")
@@ -91,7 +106,10 @@ def write(
     temporary = Path(tempfile.mkdtemp(prefix=f".{version}-", dir=folder))
     try:
         _write_synced(temporary / WEIGHTS, payload)
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+        text = json.dumps(manifest, indent=2).encode()
+        _write_synced(temporary / MANIFEST, text)
+        if signer is not None:
+            _write_synced(temporary / SIGNATURE, signer.sign(text))
         temporary.chmod(0o755)
         _sync_folder(temporary)
         if target.exists():
@@ -106,13 +124,14 @@ def write(
     return target
 
 
-def read(folder: Path) -> Checkpoint:
-    """Load one version strictly. Raises CheckpointError naming the first thing that is wrong; executes nothing."""
-    manifest = _read_manifest(folder)
-    try:
-        payload = _read_file(folder / WEIGHTS)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {WEIGHTS} cannot be read ({error.strerror})") from error
+def read(folder: Path, verifier: Verifier | None = None) -> Checkpoint:
+    """Load one version strictly. Raises CheckpointError naming the first thing that is wrong; executes nothing.
+
+    ``verifier``: what it has not signed is refused.
+    """
+    with _opened(folder) as files:
+        manifest = _read_manifest(folder, files, verifier)
+        payload = _read_file(folder, files, WEIGHTS, MAX_WEIGHTS_BYTES)
     digest = hashlib.sha256(payload).hexdigest()
     if digest != manifest["weights_sha256"]:
         raise CheckpointError(
@@ -140,14 +159,33 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
+def sign(folder: Path, signer: Signer) -> None:
+    """Sign a version that is published, in place of any signature that it has. Raises CheckpointError."""
+    read(folder)
+    with _opened(folder) as files:
+        text = _read_file(folder, files, MANIFEST, MAX_MANIFEST_BYTES)
+    temporary = folder / f".{SIGNATURE}-{os.getpid()}"
+    try:
+        _write_synced(temporary, signer.sign(text))
+        temporary.rename(folder / SIGNATURE)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {SIGNATURE} cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def versions(folder: Path) -> list[int]:
     """Return the version numbers below ``<repository>/<policy>``, ascending; unfinished writes are not among them.
 
-    Raises OSError where the folder cannot be read.
+    One that is a link is: :func:`read` says what is wrong with it. Raises OSError where the folder cannot be read, or
+    is a link itself.
     """
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "a symbolic link")
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if _VERSION.fullmatch(p.name) and p.is_dir())
+    named = (p for p in folder.iterdir() if _VERSION.fullmatch(p.name))
+    return sorted(int(p.name) for p in named if p.is_dir() or p.is_symlink())
 
 
 def policies(repository: Path) -> list[str]:
@@ -176,16 +214,22 @@ def best_return(repository: Path, policy_name: str) -> float | None:
 def _progress_of_versions(folder: Path) -> Iterator[TrainingProgress]:
     for version in versions(folder):
         try:
-            yield TrainingProgress.from_json(_read_manifest(folder / str(version))["training"])
+            one = folder / str(version)
+            with _opened(one) as files:
+                yield TrainingProgress.from_json(_read_manifest(one, files)["training"])
         except (CheckpointError, ConfigError):
             continue  # A version that no server would load has no say in what is best.
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, files: int, verifier: Verifier | None = None) -> dict[str, Any]:
+    text = _read_file(folder, files, MANIFEST, MAX_MANIFEST_BYTES)
+    if verifier is not None:
+        # One byte more, to see that there is no more.
+        signature = _read_file(folder, files, SIGNATURE, 65)
+        if not verifier.accepts(text, signature):
+            raise CheckpointError(f"{folder}: {SIGNATURE} is not the signature of {MANIFEST} by a key that counts here")
     try:
-        manifest = json.loads(_read_file(folder / MANIFEST))
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({error.strerror})") from error
+        manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST} is not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
@@ -243,10 +287,28 @@ def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _read_file(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file")
-    return path.read_bytes()
+@contextmanager
+def _opened(folder: Path) -> Generator[int]:
+    """Hold a version's folder open, so that all files are of one folder whatever is renamed meanwhile."""
+    try:
+        parent = open_folder(folder.parent)
+        try:
+            files = open_folder(folder.name, parent)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
+    try:
+        yield files
+    finally:
+        os.close(files)
+
+
+def _read_file(folder: Path, files: int, name: str, max_bytes: int) -> bytes:
+    try:
+        return read_regular(name, max_bytes, folder=files)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
 
 
 def _write_synced(path: Path, payload: bytes) -> None:

@@ -23,14 +23,16 @@ Method = Callable[[Any, Any], Awaitable[Any]]
 
 
 def guarded(service: policy_pb2_grpc.PolicyServiceServicer, metrics: Metrics) -> policy_pb2_grpc.PolicyServiceServicer:
-    """Wrap the unary methods of a service; a stream answers in band, with the same refusals.
+    """Wrap the methods of a service. A stream answers in band, with the same refusals; it is refused itself where it is
+    nobody's.
 
     An interceptor would do the same, but it is awaited and makes a handler anew for every call.
     """
     wrapped = policy_pb2_grpc.PolicyServiceServicer()
     for method in pb.DESCRIPTOR.services_by_name["PolicyService"].methods:
         inner = getattr(service, method.name)
-        setattr(wrapped, method.name, inner if method.server_streaming else _guarded(method.name, inner, metrics))
+        guard = _guarded_stream if method.server_streaming else _guarded
+        setattr(wrapped, method.name, guard(method.name, inner, metrics))
     return wrapped
 
 
@@ -44,14 +46,37 @@ def _guarded(rpc: str, inner: Method, metrics: Metrics) -> Method:
             metrics.count_request(rpc, "CANCELLED")
             raise
         except (Refusal, WireError, SnapshotError) as error:
-            refusal = as_refusal(error)
-            metrics.count_request(rpc, refusal.code.name)
-            metrics.refusals.labels(refusal.reason_name).inc(refusal.num_rows)
-            details = encode_status(refusal.code, str(refusal), refusal.reason, refusal.metadata, refusal.retry_after_s)
-            await context.abort(refusal.code, str(refusal), ((STATUS_DETAILS_KEY, details),))
+            await _refuse(rpc, as_refusal(error), context, metrics)
         except Exception:
             log.exception("%s failed", rpc)
             metrics.count_request(rpc, "INTERNAL")
             await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
     return call
+
+
+def _guarded_stream(rpc: str, inner: Method, metrics: Metrics) -> Method:
+    """Its messages count themselves. What gRPC would tell the client of an exception is the text of it."""
+
+    async def call(request_iterator: Any, context: Any) -> None:
+        try:
+            await inner(request_iterator, context)
+        except grpc.aio.AbortError:
+            raise
+        except Refusal as refusal:
+            await _refuse(rpc, refusal, context, metrics)
+        except Exception as error:
+            if context.done() or type(error).__name__ == "ExecuteBatchError":  # The client is gone.
+                raise
+            log.exception("%s failed", rpc)
+            metrics.count_request(rpc, "INTERNAL")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+    return call
+
+
+async def _refuse(rpc: str, refusal: Refusal, context: Any, metrics: Metrics) -> None:
+    metrics.count_request(rpc, refusal.code.name)
+    metrics.refusals.labels(refusal.reason_name).inc(refusal.num_rows)
+    details = encode_status(refusal.code, str(refusal), refusal.reason, refusal.metadata, refusal.retry_after_s)
+    await context.abort(refusal.code, str(refusal), ((STATUS_DETAILS_KEY, details),))

@@ -24,8 +24,9 @@ from grpc_reflection.v1alpha import reflection
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
+from tenuto_server.access import Access
 from tenuto_server.batch_queue import BatchQueue
-from tenuto_server.config import ServerConfig, parse_args
+from tenuto_server.config import ServerConfig, is_loopback, parse_args
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine, choose_device
 from tenuto_server.errors import ConfigurationError, FatalError, StoreError
@@ -50,6 +51,9 @@ _EXIT_FATAL = 70
 """Exit code where nothing can be relied upon any more."""
 _STORE_MARGIN_S = 60.0
 """For which a shared store keeps a session longer than it may be idle here and then at another server."""
+_HANDSHAKE_MS = 20_000
+_AGE_GRACE_MS = 30_000
+"""What a call that is under way when its connection gets too old has left."""
 
 
 class Server:
@@ -63,6 +67,7 @@ class Server:
             choose_device(config.device), config.buckets, config.num_compute_threads, deterministic=config.deterministic
         )
         self.metrics = Metrics(self.engine.device)
+        self.access = Access(config, self.metrics)
         self.registry = PolicyRegistry()
         epoch = secrets.randbits(63)
         max_delay_s = config.max_queue_delay_ms / 1000 or math.inf
@@ -84,7 +89,7 @@ class Server:
         self.intake = Intake(self.registry, self.stepper, self.metrics, time.monotonic, config.max_batch, epoch)
         self.service = PolicyService(
             self.registry, self.stepper, self.intake, self.engine, self.metrics, limits, epoch, time.monotonic,
-            snapshotter, self.durability,
+            self.access.authentication, snapshotter, self.durability,
         )  # fmt: skip
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._is_stalled, self._swept_s = False, time.monotonic()
@@ -145,8 +150,9 @@ class Server:
         server = await self._listen()
         watching = asyncio.create_task(self.reloader.watch(self.config.poll_s, self._stop))
         sweeping = asyncio.create_task(self._sweep())
+        looking = asyncio.create_task(self.access.watch())
         stopping = asyncio.create_task(self._stop.wait())
-        working = {watching, sweeping}
+        working = {watching, sweeping, looking}
         if self.durability is not None:
             working.add(asyncio.create_task(self.durability.run(self._stop)))
         await asyncio.wait({stopping, *working}, return_when=asyncio.FIRST_COMPLETED)
@@ -157,6 +163,7 @@ class Server:
         await server.stop(_STOP_GRACE_S)
         sweeping.cancel()
         faulthandler.cancel_dump_traceback_later()
+        looking.cancel()
         if self.durability is not None:
             self.durability.close()
         self.engine.close()
@@ -169,7 +176,7 @@ class Server:
         log.info("stopped")
 
     async def _listen(self) -> grpc.aio.Server:
-        config = self.config
+        config, tls = self.config, self.access.tls
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -178,18 +185,27 @@ class Server:
                 # Robots on mobile links keep idle streams open; let them ping.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # The third ping that comes too early ends the connection.
+                ("grpc.http2.max_ping_strikes", 2),
+                ("grpc.max_concurrent_streams", config.max_streams),
+                # Who connects and says nothing leaves soon.
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                *_age_options(config.max_connection_age_s),
             ],
         )
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(guarded(self.service, self.metrics), server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        # Nobody asks reflection who it is; health is for probes, and tells nothing else.
+        if not self.access.authentication.is_on:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
         await self._set_health(serving=False)
-        metrics_host = config.metrics_host or config.host
+        metrics_host = config.metrics_address
         host = f"[{config.host}]" if ":" in config.host else config.host
         try:
             _try_to_bind(config.host, config.port)
-            port = server.add_insecure_port(f"{host}:{config.port}")
+            address = f"{host}:{config.port}"
+            port = server.add_secure_port(address, tls.credentials()) if tls else server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             message = f"port: got {config.host}:{config.port}, which cannot be bound ({reason})"
@@ -206,7 +222,18 @@ class Server:
             "listening on %s:%d, metrics on port %d, device %s, repository %s",
             config.host, port, self.metrics_server.port, self.engine.device, config.repository,
         )  # fmt: skip
+        self._warn_of_strangers()
         return server
+
+    def _warn_of_strangers(self) -> None:
+        config = self.config
+        if not is_loopback(config.host):
+            if self.access.tls is None:
+                log.warning("insecure: what travels to and from %s is not encrypted, tokens neither", config.host)
+            if not self.access.authentication.is_on:
+                log.warning(
+                    "nobody who connects to %s is asked who they are: see --tokens, --tls-client-ca", config.host
+                )
 
     def state(self) -> str:
         """What the server does, one of metrics.STATES. Called from any thread."""
@@ -340,6 +367,15 @@ def _end_at_once(error: FatalError) -> None:
     log.critical("ending: %s", error)
     logging.shutdown()
     os._exit(_EXIT_FATAL)
+
+
+def _age_options(max_age_s: float) -> list[tuple[str, int]]:
+    if not max_age_s:
+        return []
+    return [
+        ("grpc.max_connection_age_ms", max(1, round(max_age_s * 1000))),
+        ("grpc.max_connection_age_grace_ms", _AGE_GRACE_MS),
+    ]
 
 
 def _create(repository: Path) -> None:

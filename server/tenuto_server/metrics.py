@@ -108,7 +108,9 @@ class Metrics:
             self.failed_batches.labels(reason)
         self.batch_rows = Histogram("tenuto_batch_rows", "Sessions per forward pass.", _ROWS, r)
         self.queued_rows = Gauge("tenuto_queued_rows", "Steps waiting for the device.", registry=r)
-        self.queue_capacity = Gauge("tenuto_queue_capacity_rows", "Steps that may wait at once, at the device's speed.", registry=r)
+        self.queue_capacity = Gauge(
+            "tenuto_queue_capacity_rows", "Steps that may wait at once, at the device's speed.", registry=r
+        )
         self.queue_delay = Gauge(
             "tenuto_queue_delay_seconds", "Time that the device needs for the steps that wait, at its measured speed.",
             registry=r,
@@ -193,6 +195,20 @@ class Metrics:
         )
         for reason in ("snapshot_invalid", "snapshot_mismatch", "capacity_reached", "session_exists"):
             self.snapshots_refused.labels(reason)
+
+        # Access.
+        self.credential_reloads = Counter(
+            "tenuto_credential_reloads",
+            "Changed files of tokens or tls: taken into use, or refused (those before go on, see the log).",
+            ["files", "outcome"], registry=r,
+        )  # fmt: skip
+        for files in ("tokens", "tls"):
+            for outcome in ("taken", "refused"):
+                self.credential_reloads.labels(files, outcome)
+        self.certificate_expiry = Gauge(
+            "tenuto_tls_certificate_expiry_timestamp_seconds", "When the server's certificate ends; without one, 0.",
+            registry=r,
+        )  # fmt: skip
 
         # Memory.
         self.arena_bytes = Gauge("tenuto_arena_bytes", "Device memory of sessions' state.", ["policy"], registry=r)

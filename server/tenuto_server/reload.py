@@ -19,6 +19,8 @@ from watchfiles import awatch
 
 from tenuto_models import Checkpoint, CheckpointError, checkpoint
 from tenuto_models.compiled import CompiledStep
+from tenuto_models.errors import ConfigError
+from tenuto_models.signing import Verifier
 from tenuto_proto import WireError
 from tenuto_server.config import ServerConfig
 from tenuto_server.engine import Engine, ServedVersion
@@ -48,6 +50,7 @@ class Reloader:
         self._repository, self._epoch, self._clock = config.repository, epoch, clock
         self.on_scan: Callable[[], Awaitable[None]] | None = None
         """Awaited after each look at the repository, the first time before the server is ready."""
+        self._verifier = _verifier(config.checkpoint_public_key)
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
         self._one_at_a_time = asyncio.Lock()
@@ -187,7 +190,7 @@ class Reloader:
             return False
         try:
             log.info("loading version %d of policy %s", version, name)
-            loaded = await asyncio.to_thread(_read, folder, self._engine.device.type)
+            loaded = await asyncio.to_thread(_read, folder, self._engine.device.type, self._verifier)
             policy = self._registry.get(name)
             first = policy is None
             if policy is None:
@@ -272,9 +275,16 @@ def padding(served: ServedVersion, rows: int) -> StepRows:
     )  # fmt: skip
 
 
-def _read(folder: Path, device_type: str) -> Checkpoint:
+def _verifier(public_key: Path | None) -> Verifier | None:
+    try:
+        return None if public_key is None else Verifier.from_file(public_key)
+    except ConfigError as error:
+        raise ConfigurationError(f"checkpoint_public_key: {error}") from error
+
+
+def _read(folder: Path, device_type: str, verifier: Verifier | None) -> Checkpoint:
     """Read a version; for the CPU take a step with it, so that what the first step compiles is compiled here."""
-    loaded = checkpoint.read(folder)
+    loaded = checkpoint.read(folder, verifier)
     if device_type == "cpu":
         CompiledStep(loaded.policy).try_out()
     return loaded

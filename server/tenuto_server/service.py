@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1 import policy_pb2_grpc
+from tenuto_server.authentication import Authentication
 from tenuto_server.batch_queue import Ticket
 from tenuto_server.calls import Answer, StepCall
 from tenuto_server.durability import Durability, Snapshotter
@@ -25,7 +26,7 @@ from tenuto_server.errors import Refusal, session_exists, unknown_session
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
-from tenuto_server.principals import ANYONE, Principal
+from tenuto_server.principals import Principal
 from tenuto_server.quotas import Quotas
 from tenuto_server.sessions import Ended, SessionOptions
 from tenuto_server.snapshots import unseal, write_snapshots
@@ -46,18 +47,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         limits: pb.Limits,
         server_epoch: int,
         clock: Callable[[], float],
+        authentication: Authentication,
         snapshotter: Snapshotter,
         durability: Durability | None,
-        authenticate: Callable[[Any], Principal] = lambda context: ANYONE,
     ) -> None:
-        """``durability``: None where sessions end with the process. ``authenticate(context)`` says who calls; raises
-        Refusal (UNAUTHENTICATED). Every method asks it first.
-        """
+        """``durability``: None where sessions end with the process. Every method asks ``authentication`` first."""
         self._registry, self._stepper, self._intake = registry, stepper, intake
         self._engine, self._metrics = engine, metrics
         self._limits, self._server_epoch, self._clock = limits, server_epoch, clock
         self._snapshotter, self._durability = snapshotter, durability
-        self._authenticate = authenticate
+        self._authentication, self._authenticate = authentication, authentication.principal
         self._quotas = Quotas(registry, clock)
 
     # ------------------------------------------------------------------ policies and sessions
@@ -152,8 +151,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         """Read one session's state between two batches; an admin also that of others."""
         owner = _sees(self._authenticate(context))
         await self._fetch(request.session_id)
-        policy = self._policy_of(request.session_id, owner)
-        slot = policy.sessions.find(request.session_id, owner)
+        policy, slot = self._find(request.session_id, owner)
         generation = policy.sessions.pool.generation[slot]
 
         def describe(state: dict[str, NDArray[Any]]) -> pb.InspectSessionResponse:
@@ -248,6 +246,13 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             exported=bool(s.exported[slot]),
         )
 
+    def _find(self, session_id: int, owner: str | None) -> tuple[ServedPolicy, int]:
+        """Find an open session and its slot: a principal's, or anybody's for None, which :func:`_sees` makes of an
+        admin. Raises Refusal (SESSION_UNKNOWN, _CLOSED, _EXPIRED); one of somebody else is unknown.
+        """
+        policy = self._policy_of(session_id, owner)
+        return policy, policy.sessions.find(session_id, owner)
+
     def _policy_of(self, session_id: int, owner: str | None) -> ServedPolicy:
         """Find the policy of a principal's session, of anybody's for None. Raises Refusal (SESSION_UNKNOWN)."""
         policy = self._registry.of_session(session_id, owner)
@@ -267,9 +272,13 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
 
     async def StepStream(self, request_iterator: AsyncIterator[pb.StepBatchRequest], context: Any) -> None:
         """Answer StepBatch messages as they finish. Everything under way is cancelled when the client vanishes."""
-        principal = self._authenticate(context)
-        begin = partial(self._begin, principal, _party(principal, context), "StepStream", None)
-        await StepStream(context, begin, self._stepper.leave, self._metrics).run()
+        with self._authentication.stream(context) as caller:
+            party = _party(caller.principal, context)
+
+            def begin(request: pb.StepBatchRequest, answer: Callable[[Answer | Exception], None]) -> StepCall:
+                return self._begin(caller.principal, party, "StepStream", None, request, answer)
+
+            await StepStream(context, begin, self._stepper.leave, self._metrics).run()
 
     async def _step(self, rpc: str, request: pb.StepRequest | pb.StepBatchRequest, context: Any) -> Any:
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()

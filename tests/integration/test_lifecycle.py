@@ -456,7 +456,10 @@ def test_a_step_that_waits_at_shutdown_is_answered(own_server: ServerProcess) ->
         (("--device", "tpu"), "device: got 'tpu'"),
         (("--port", "99999"), "port: got 99999"),
         (("--max-batch", "64", "--max-queued", "2"), "max_queued: got 2"),
-        (("--host", "203.0.113.1"), "cannot be bound"),
+        (("--host", "203.0.113.1"), "host: got '203.0.113.1', where others"),
+        (("--host", "203.0.113.1", "--insecure"), "cannot be bound"),
+        (("--tokens", "/nowhere"), "tokens: got /nowhere, which cannot be read"),
+        (("--checkpoint-public-key", "/dev/null"), "checkpoint_public_key: "),
         (
             ("--repository", "/proc/nothing", "--port", "0", "--metrics-port", "0"),
             "repository: got /proc/nothing, which cannot be created",

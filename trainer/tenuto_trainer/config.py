@@ -46,6 +46,16 @@ class TrainConfig:
     """Rise of the mean episode return over the best published one that is worth a version at once."""
     server: str | None = None
     """Server of this repository, as host:port, which is asked whether it serves what is published; None: nobody is."""
+    server_token_file: Path | None = None
+    """File whose first line is the token to ask that server with; None: none is shown."""
+    server_ca_certificate: Path | None = None
+    """PEM file of whom to trust to be that server; None: it is asked without encryption."""
+    server_client_certificate: Path | None = None
+    """PEM file of the certificate to show that server; None: none is shown."""
+    server_client_key: Path | None = None
+    """PEM file of this certificate's key."""
+    signing_key: Path | None = None
+    """PEM file of the secret ed25519 key that versions are signed with; None: they are not signed."""
     log_dir: Path = Path("runs")
     """Folder for TensorBoard event files and the effective configuration, one folder per policy below it."""
     seed: int | None = None
@@ -104,6 +114,10 @@ class TrainConfig:
             )
         if self.server is not None and not re.fullmatch(_HOST_PORT, self.server):
             raise TrainConfigError(f"server: got {self.server!r}, expected host:port")
+        if (self.server_client_certificate is None) != (self.server_client_key is None):
+            raise TrainConfigError("server_client_key: got a certificate or a key alone, expected both or neither")
+        if self.server_client_key is not None and self.server_ca_certificate is None:
+            raise TrainConfigError("server_ca_certificate: got none, expected one, since there is a server_client_key")
         if self.memory not in MEMORIES:
             raise TrainConfigError(f"memory: got {self.memory!r}, expected one of {', '.join(MEMORIES)}")
         if self.learner_device not in LEARNER_DEVICES:

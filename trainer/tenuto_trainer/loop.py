@@ -16,6 +16,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from tenuto_envs import make
 from tenuto_models import Policy, TrainingProgress
+from tenuto_models.signing import Signer
 from tenuto_trainer import config_file
 from tenuto_trainer.config import MAX_SEED, TrainConfig
 from tenuto_trainer.folders import sweep
@@ -23,7 +24,7 @@ from tenuto_trainer.lock import only_training
 from tenuto_trainer.ppo import build_algorithm, local_ray, ppo_config, uses_gpu
 from tenuto_trainer.progress import IterationReport, Progress, scalars_of
 from tenuto_trainer.resume import Start, find_start
-from tenuto_trainer.served import ServerWatch
+from tenuto_trainer.served import ServerWatch, credentials_of, token_of
 
 
 class StopSignal:
@@ -56,6 +57,8 @@ def train(config: TrainConfig, progress: Progress) -> TrainingProgress:
     policy_config = config.policy_config()
     policy = Policy(observation_space, action_space, policy_config)  # Refuses what no policy can be built for.
     uses_gpu(config)  # Refuses a GPU that is not there.
+    if config.signing_key is not None:
+        Signer.from_file(config.signing_key)  # Refuses a key that is none.
     if config.seed is None:
         config = replace(config, seed=secrets.randbelow(MAX_SEED))
     _compile(policy, progress)
@@ -84,7 +87,8 @@ def _train(
     stop = StopSignal()
     stop.listen()
     progress.note("starting Ray, which takes some seconds")
-    with local_ray(config), ServerWatch(config.server, config.policy) as watch:
+    watching = ServerWatch(config.server, config.policy, credentials=credentials_of(config), token=token_of(config))
+    with local_ray(config), watching as watch:
         stop.listen()
         ppo = ppo_config(config, observation_space, action_space, start)
         with build_algorithm(ppo, start.state) as (algorithm, publisher):

@@ -18,6 +18,7 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import DEFAULT_MODULE_ID
 
 from tenuto_models import CheckpointError, Evaluation, Policy, TrainingProgress, checkpoint
+from tenuto_models.signing import Signer
 from tenuto_trainer import state as training_state
 from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import DivergedError
@@ -100,7 +101,8 @@ class CheckpointPublisher(RLlibCallback):
             found = evaluate(policy, config.env_id, config.evaluation_episodes, config.evaluation_max_steps)
             self.progress = replace(self.progress, evaluation=found)
         try:
-            folder = checkpoint.write(config.repository, config.policy, policy, self.progress)
+            signer = None if config.signing_key is None else Signer.from_file(config.signing_key)
+            folder = checkpoint.write(config.repository, config.policy, policy, self.progress, signer=signer)
         except OSError as error:
             raise CheckpointError(f"{config.repository}: cannot publish to this repository ({error})") from error
         self.published_iteration, self.version = self.progress.iteration, int(folder.name)

@@ -6,9 +6,11 @@ at the end it waits a few seconds for the last answer. A server that is down is 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +20,8 @@ from google.protobuf.message import DecodeError
 from tenuto_proto.errors import STATUS_DETAILS_KEY, decode_status
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
-from tenuto_trainer.errors import RefusedError
+from tenuto_trainer.config import TrainConfig
+from tenuto_trainer.errors import RefusedError, TrainConfigError
 
 TIMEOUT_S = 2.0
 """That a server may take to answer."""
@@ -60,7 +63,18 @@ class ServerWatch:
     Without an address it starts nothing, knows nothing and says nothing.
     """
 
-    def __init__(self, address: str | None, policy_name: str, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        policy_name: str,
+        *,
+        patience_s: float = PATIENCE_S,
+        credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+    ) -> None:
+        """``credentials``: None asks without encryption. ``token``: says who asks."""
+        self._credentials = credentials
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._address, self._policy_name, self._patience_s = address, policy_name, patience_s
         # Guards what follows, which both threads use, and is notified whenever it changes.
         self._changed = threading.Condition()
@@ -149,13 +163,18 @@ class ServerWatch:
     # ------------------------------------------------------------------ the thread
 
     def _run(self, address: str) -> None:
-        with grpc.insecure_channel(address, _CHANNEL_OPTIONS) as channel:
+        with self._channel(address) as channel:
             stub = PolicyServiceStub(channel)
             while (version := self._next_question()) is not None:
-                answer = _ask(stub, self._policy_name)
+                answer = _ask(stub, self._policy_name, self._metadata)
                 with self._changed:
                     self._take(replace(answer, version=version))
                     self._changed.notify_all()
+
+    def _channel(self, address: str) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(address, _CHANNEL_OPTIONS)
+        return grpc.secure_channel(address, self._credentials, _CHANNEL_OPTIONS)
 
     def _next_question(self) -> int | None:
         """Wait until there is a version to ask about, and return it; None at the end."""
@@ -189,9 +208,41 @@ class ServerWatch:
             self._news.append(self._late())
 
 
-def _ask(stub: PolicyServiceStub, policy_name: str) -> Answer:
+def credentials_of(config: TrainConfig) -> grpc.ChannelCredentials | None:
+    """Read the certificates to ask the server with; None where there are none. Raises TrainConfigError."""
+    if config.server_ca_certificate is None:
+        return None
+    ca, key, certificate = (
+        None if getattr(config, name) is None else _read(name, getattr(config, name))
+        for name in ("server_ca_certificate", "server_client_key", "server_client_certificate")
+    )
+    return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
+def token_of(config: TrainConfig) -> str | None:
+    """Read the token to ask the server with; None where there is none. Raises TrainConfigError, which quotes none."""
+    if config.server_token_file is None:
+        return None
+    lines = _read("server_token_file", config.server_token_file).decode(errors="replace").splitlines()
+    token = lines[0].strip() if lines else ""
+    # gRPC's complaint about other characters would quote it.
+    if not re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token):
+        path = config.server_token_file
+        raise TrainConfigError(f"server_token_file: got {path}, whose first line is no token")
+    return token
+
+
+def _read(name: str, path: Path) -> bytes:
     try:
-        reply = stub.GetPolicy(pb.GetPolicyRequest(policy_name=policy_name), timeout=TIMEOUT_S)
+        return path.read_bytes()
+    except OSError as error:
+        raise TrainConfigError(f"{name}: got {path}, which cannot be read ({error.strerror})") from None
+
+
+def _ask(stub: PolicyServiceStub, policy_name: str, metadata: tuple[tuple[str, str], ...]) -> Answer:
+    try:
+        request = pb.GetPolicyRequest(policy_name=policy_name)
+        reply = stub.GetPolicy(request, timeout=TIMEOUT_S, metadata=metadata)
     except grpc.RpcError as error:
         return _answer_of(error)
     return Answer(

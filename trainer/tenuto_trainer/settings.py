@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from tenuto_trainer.config import TrainConfig
 from tenuto_trainer.errors import TrainConfigError
 
-_KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a folder's path as text"}
+_KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path as text"}
 
 
 @dataclass(frozen=True)

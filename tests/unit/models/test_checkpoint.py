@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from serving import edit_manifest, small_policy
 from tenuto_models import CheckpointError, Evaluation, TrainingProgress, checkpoint
+from tenuto_models.errors import ConfigError
+from tenuto_models.signing import Signer, Verifier, main, make_key_pair
 
 
 @pytest.fixture
@@ -198,3 +202,177 @@ def test_a_spoiled_checkpoint_is_refused(version: Path, case: str) -> None:
     folder = version if version.exists() else version.parent / "7"
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(folder)
+
+
+# ------------------------------------------------------------------------------------------ links and odd files
+
+
+def linked(path: Path, target: Path | None = None) -> None:
+    """Put a link in a file's or folder's place, to the same content or to a target."""
+    moved = path.parent / f".moved-{path.name}"
+    path.rename(moved)
+    path.symlink_to(target or moved)
+
+
+ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "weights a link": (lambda v: linked(v / "weights.safetensors"), "weights.safetensors cannot be read .*link"),
+    "manifest a link": (lambda v: linked(v / "manifest.json"), "manifest.json cannot be read .*link"),
+    "manifest a link to a secret": (lambda v: linked(v / "manifest.json", Path("/etc/passwd")), "cannot be read"),
+    "manifest a link into nothing": (lambda v: linked(v / "manifest.json", Path("/nothing")), "cannot be read"),
+    "version a link": (linked, "a symbolic link"),
+    "policy a link": (lambda v: linked(v.parent), "a symbolic link"),
+    "weights a device": (lambda v: replaced(v, lambda p: p.symlink_to("/dev/zero")), "cannot be read"),
+    "weights a pipe": (lambda v: replaced(v, lambda p: os.mkfifo(p)), "not a regular file"),
+    "weights huge": (lambda v: os.truncate(v / "weights.safetensors", 2**40), "expected at most"),
+    "manifest huge": (lambda v: os.truncate(v / "manifest.json", 2**30), "expected at most"),
+}
+
+
+def replaced(version: Path, make: Callable[[Path], Any]) -> None:
+    (version / "weights.safetensors").unlink()
+    make(version / "weights.safetensors")
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_is_no_plain_file_in_its_own_folder_is_refused_at_once(version: Path, case: str) -> None:
+    spoil, message = ODD[case]
+    spoil(version)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.read(version)
+    assert "root:" not in str(caught.value)
+
+
+def test_a_link_among_versions_is_listed_so_that_it_is_refused_aloud_and_one_of_a_policy_is_not_followed(
+    version: Path,
+) -> None:
+    linked(version)
+    assert checkpoint.versions(version.parent) == [1]
+    linked(version.parent)
+    with pytest.raises(OSError, match="a symbolic link"):
+        checkpoint.versions(version.parent)
+
+
+@pytest.mark.parametrize("name", ["..", "../other", "a/b", "/etc", ".hidden", ""])
+def test_no_name_leads_out_of_the_repository(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="policy name: got"):
+        checkpoint.write(tmp_path / "repository", name, small_policy(), TrainingProgress())
+    assert not (tmp_path / "repository").exists()
+
+
+# ------------------------------------------------------------------------------------------ signatures
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Signer, Verifier]:
+    make_key_pair(tmp_path / "secret.pem", tmp_path / "public.pem")
+    return Signer.from_file(tmp_path / "secret.pem"), Verifier.from_file(tmp_path / "public.pem")
+
+
+def signed_versions(repository: Path, signer: Signer) -> tuple[Path, Path]:
+    first = checkpoint.write(repository, "policy", small_policy(seed=1), TrainingProgress(), signer=signer)
+    return first, checkpoint.write(repository, "policy", small_policy(seed=2), TrainingProgress(), signer=signer)
+
+
+def test_a_signed_version_is_read_with_its_key_and_without_any(tmp_path: Path, keys: tuple[Signer, Verifier]) -> None:
+    for version in signed_versions(tmp_path / "repository", keys[0]):
+        assert checkpoint.read(version, keys[1]).version == checkpoint.read(version).version == int(version.name)
+
+
+def renamed(first: Path, second: Path) -> Path:
+    """The old version as a newer one, its manifest made to fit."""
+    newer = first.parent / "3"
+    shutil.copytree(first, newer)
+    edit_manifest(newer, version=3)
+    return newer
+
+
+def copied_from(first: Path, second: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copy(first / name, second / name)
+    return second
+
+
+def edited(first: Path, second: Path) -> Path:
+    manifest = json.loads((second / "manifest.json").read_text())
+    edit_manifest(second, training=manifest["training"] | {"env_steps": 7})
+    return second
+
+
+def other_policy(first: Path, second: Path) -> Path:
+    folder = first.parent.parent / "other"
+    shutil.copytree(first.parent, folder)
+    edit_manifest(folder / "1", policy_name="other")
+    return folder / "1"
+
+
+FORGED: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "no signature": (lambda a, b: [(b / "manifest.sig").unlink(), b][1], "manifest.sig cannot be read"),
+    "a signature cut": (lambda a, b: [os.truncate(b / "manifest.sig", 63), b][1], "not the signature"),
+    "a signature with more": (lambda a, b: [os.truncate(b / "manifest.sig", 65), b][1], "not the signature"),
+    "a signature without end": (lambda a, b: [os.truncate(b / "manifest.sig", 10**9), b][1], "cannot be read"),
+    "the signature of another version": (lambda a, b: copied_from(a, b, "manifest.sig"), "not the signature"),
+    "weights of another version": (lambda a, b: copied_from(a, b, "weights.safetensors"), "sha256: got"),
+    "all files of another version": (lambda a, b: copied_from(a, b, *FILES), "version: got 1, expected '2'"),
+    "an old version as a new one": (renamed, "not the signature"),
+    "as another policy's": (other_policy, "not the signature"),
+    "one figure in the manifest": (edited, "not the signature"),
+}
+FILES = ("manifest.json", "manifest.sig", "weights.safetensors")
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_what_the_key_has_not_signed_as_this_very_version_is_refused(
+    tmp_path: Path, keys: tuple[Signer, Verifier], case: str
+) -> None:
+    forge, message = FORGED[case]
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(forge(*signed_versions(tmp_path / "repository", keys[0])), keys[1])
+
+
+def test_one_of_several_public_keys_will_do_and_none_of_somebody_else(
+    tmp_path: Path, keys: tuple[Signer, Verifier]
+) -> None:
+    version, _ = signed_versions(tmp_path / "repository", keys[0])
+    make_key_pair(tmp_path / "new.pem", tmp_path / "new-public.pem")
+    with pytest.raises(CheckpointError, match="not the signature"):
+        checkpoint.read(version, Verifier.from_file(tmp_path / "new-public.pem"))
+    both = tmp_path / "both.pem"
+    both.write_bytes((tmp_path / "new-public.pem").read_bytes() + (tmp_path / "public.pem").read_bytes())
+    assert checkpoint.read(version, Verifier.from_file(both)).version == 1
+
+
+def test_the_command_makes_a_pair_whose_secret_is_its_owners_and_overwrites_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret, public = tmp_path / "secret.pem", tmp_path / "public.pem"
+    main(["make-keys", str(secret), str(public)])
+    assert secret.stat().st_mode & 0o777 == 0o600 and "PRIVATE" not in public.read_text()
+    before = secret.read_bytes()
+    with pytest.raises(SystemExit, match="cannot be made"):
+        main(["make-keys", str(secret), str(public)])
+    assert secret.read_bytes() == before and capsys.readouterr().out == ""
+
+
+def test_a_version_that_lies_there_already_can_be_signed_by_a_command(version: Path, tmp_path: Path) -> None:
+    secret, public = tmp_path / "secret.pem", tmp_path / "public.pem"
+    main(["make-keys", str(secret), str(public)])
+    verifier = Verifier.from_file(public)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read(version, verifier)
+    main(["sign", str(secret), str(version)])
+    assert checkpoint.read(version, verifier).version == 1
+    truncate(version)
+    with pytest.raises(SystemExit, match="sha256: got"):
+        main(["sign", str(secret), str(version)])
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"secret words", b"-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----"]
+)
+def test_a_file_that_is_no_key_is_refused_without_quoting_it(tmp_path: Path, text: bytes) -> None:
+    file = tmp_path / "key.pem"
+    file.write_bytes(text)
+    for kind in (Signer, Verifier):
+        with pytest.raises(ConfigError, match="key") as caught:
+            kind.from_file(file)
+        assert "c2VjcmV0" not in str(caught.value) and "secret words" not in str(caught.value)

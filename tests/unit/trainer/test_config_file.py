@@ -39,7 +39,7 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(tmp_path: Pat
         ('lr = "1e-3"', "lr: got '1e-3' (str), expected a number"),
         ("num_envs = 8.0", "num_envs: got 8.0 (float), expected a whole number"),
         ("seed = true", "seed: got True (bool), expected a whole number"),
-        ("repository = 1979-05-27", "repository: got datetime.date(1979, 5, 27) (date), expected a folder's path"),
+        ("repository = 1979-05-27", "repository: got datetime.date(1979, 5, 27) (date), expected a path"),
         ("env_id = 5", "env_id: got 5 (int), expected a text"),
         ("lr = 1\nlr = 2", "not a TOML file (Key \"lr\" already exists"),
         ("lr", "not a TOML file ("),

@@ -22,7 +22,8 @@ def test_every_setting_has_a_flag_and_its_default():
         "learner_device": "auto", "server": "localhost:50051",
     }  # fmt: skip
     for field in fields(TrainConfig):
-        given.setdefault(field.name, 64 if "int" in str(field.type) else 0.5)
+        of_kind = {"Path | None": Path("f")}.get(str(field.type), 64 if "int" in str(field.type) else 0.5)
+        given.setdefault(field.name, of_kind)
     flags = {name: f"--{name.replace('_', '-')}" for name in given} | {"env_id": "--env"}
     assert parse([word for name, value in given.items() for word in (flags[name], str(value))]) == TrainConfig(**given)
 
