@@ -115,7 +115,7 @@ class Load:
                 due_s += pauses[number % len(pauses)]
         self.closed_loop = False
         last_s = self.loop.time() + _LAST_S
-        while self.under_way and self.loop.time() < last_s:
+        while self.under_way and self.loop.time() < last_s:  # noqa: ASYNC110 (it counts down)
             await asyncio.sleep(0.01)
         return {
             "seconds": seconds,

@@ -60,8 +60,12 @@ class Snapshotter:
         engine: Engine,
         versions: VersionSource,
         clock: Callable[[], float],
+        *,
+        knows_callers: bool = False,
     ) -> None:
+        """``knows_callers``: whether the server asks who calls; else sessions are everybody's, whosever they were."""
         self._registry, self._engine, self._versions, self._clock = registry, engine, versions, clock
+        self._knows_callers = knows_callers
 
     async def take(self, policy: ServedPolicy, slots: Slots) -> SessionGroup:
         """Copy sessions as they are between two batches."""
@@ -87,7 +91,7 @@ class Snapshotter:
                 # Where it is not to be had the check says so.
                 await self._versions.require(policy.name, version)
         state = check_fit(snapshot, policy)
-        owner = snapshot.principal if principal is None else principal
+        owner = principal if principal is not None else snapshot.principal if self._knows_callers else ""
         slot = policy.sessions.open(snapshot.session_id, options_of(snapshot), self._clock(), owner)
         install(snapshot, state, policy, slot)
         if snapshot.next_step_index:

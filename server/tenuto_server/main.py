@@ -78,7 +78,9 @@ class Server:
         self.metrics.queue_parties.set_function(lambda: queue.num_parties)
         self.stepper = Stepper(self.engine, self.registry, queue, self.metrics, time.monotonic)
         self.reloader = Reloader(self.registry, self.engine, self.metrics, config, epoch, time.monotonic)
-        snapshotter = Snapshotter(self.registry, self.engine, self.reloader, time.monotonic)
+        snapshotter = Snapshotter(
+            self.registry, self.engine, self.reloader, time.monotonic, knows_callers=self.access.authentication.is_on
+        )
         self.durability = self._make_durability(snapshotter)
         limits = pb.Limits(
             max_batch_rows=config.max_batch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,6 +61,8 @@ class Fleet:
 
     def __init__(self, num_environments: int, num_steps: int) -> None:
         self.num_steps = num_steps
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_calm = asyncio.Event()
         names = list(ENVIRONMENTS)
         # A half on a shared stream, a quarter unary, a quarter in vectors.
         kinds = ("stream", "unary", "stream", "vector")
@@ -77,11 +78,19 @@ class Fleet:
         """Steps when all are done."""
         return self.num_steps * len(self.players)
 
-    async def play(self, address: str, calm: threading.Event) -> None:
-        """Play all environments at once; the last step of each is taken only once it is calm, so that nothing undoes
-        it. Raises what the first of them to fail has raised.
+    def let_finish(self) -> None:
+        """From now on nothing will undo a step: let each environment take its last. Called from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._is_calm.set)
+
+    async def play(self, address: str, *, is_calm: bool) -> None:
+        """Play all environments at once. Where it is not calm, the last step of each is taken when it is.
+
+        Raises what the first of them to fail has raised.
         """
-        self._calm = calm
+        self._loop = asyncio.get_running_loop()
+        if is_calm:
+            self._is_calm.set()
         vectors: dict[str, list[Player]] = {}
         for player in self.players:
             if player.transport == "vector":
@@ -105,7 +114,8 @@ class Fleet:
         observation, begins, reward = player.start(), True, None
         try:
             while len(player.actions) < self.num_steps:
-                await self._wait_for_last(len(player.actions))
+                if len(player.actions) == self.num_steps - 1:
+                    await self._is_calm.wait()
                 result = await policy.step(observation, episode_start=begins, reward=reward)
                 assert result.step_index == len(player.actions), "a step was lost or doubled"
                 player.session_id = policy.session_id
@@ -122,7 +132,8 @@ class Fleet:
         now = [(player.start(), True, np.nan) for player in players]
         try:
             for index in range(self.num_steps):
-                await self._wait_for_last(index)
+                if index == self.num_steps - 1:
+                    await self._is_calm.wait()
                 observations = _stacked([observation for observation, _, _ in now])
                 starts, rewards = ([row[column] for row in now] for column in (1, 2))
                 result = await policy.step(observations, episode_starts=starts, rewards=rewards)
@@ -132,10 +143,6 @@ class Fleet:
                 now = [player.act(action) for player, action in zip(players, result.actions, strict=True)]
         finally:
             await policy._transport.close()  # pyright: ignore[reportPrivateUsage]
-
-    async def _wait_for_last(self, index: int) -> None:
-        while index == self.num_steps - 1 and not self._calm.is_set():
-            await asyncio.sleep(0.05)
 
 
 def _stacked(observations: Sequence[Any]) -> Any:

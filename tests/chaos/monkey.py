@@ -96,8 +96,8 @@ class Monkey:
             self._python = folder / "python"
             # Of the wall clock only; the monotonic one does not jump on any machine.
             environment = {
-                "LD_PRELOAD": str(_FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(self._clock), "FAKETIME_CACHE_DURATION": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1",
+                "LD_PRELOAD": str(_FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(self._clock),
+                "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1",
             }  # fmt: skip
             settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
             self._python.write_text(f'#!/bin/sh\nexec env {settings} {shlex.quote(sys.executable)} "$@"\n')
@@ -134,14 +134,12 @@ class Monkey:
 
     # ------------------------------------------------------------------ harm
 
-    def harm(self, fleet: Fleet, is_over: threading.Event, calm: threading.Event) -> None:
-        """Kill a server as often as was asked for, and do what else there is between. It is ``calm`` after that, or
-        when it ``is_over``.
-        """
+    def harm(self, fleet: Fleet, is_over: threading.Event) -> None:
+        """Kill a server as often as was asked for, and do what else there is between; then let the fleet finish."""
         try:
             self._harm(fleet, is_over)
         finally:
-            calm.set()
+            fleet.let_finish()
 
     def _harm(self, fleet: Fleet, is_over: threading.Event) -> None:
         total = fleet.total - len(fleet.players)
@@ -235,18 +233,16 @@ def run(
     """Play twice, undisturbed and disturbed, and compare. ``tell`` is called now and then."""
     with ExitStack() as stack:
         monkey = Monkey(folder, store, num_kills, seed, stack)
-        expected, calm = Fleet(num_environments, num_steps), threading.Event()
-        calm.set()
+        expected = Fleet(num_environments, num_steps)
         with _telling(tell, "undisturbed", expected, monkey.report):
-            asyncio.run(expected.play(monkey.servers[0].address, calm))
+            asyncio.run(expected.play(monkey.servers[0].address, is_calm=True))
         fleet, is_over = Fleet(num_environments, num_steps), threading.Event()
-        calm.clear()
-        harming = threading.Thread(target=monkey.harm, args=(fleet, is_over, calm), name="monkey")
+        harming = threading.Thread(target=monkey.harm, args=(fleet, is_over), name="monkey")
         began_s = time.monotonic()
         harming.start()
         try:
             with _telling(tell, "disturbed", fleet, monkey.report):
-                asyncio.run(fleet.play(monkey.proxy.address, calm))
+                asyncio.run(fleet.play(monkey.proxy.address, is_calm=False))
         except BaseException as error:
             error.add_note("\n".join(["the servers said:", *monkey.log()[-40:]]))
             raise

@@ -39,7 +39,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     console = Console()
     reports: dict[str, Report] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} steps"),
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
                TimeElapsedColumn(), TextColumn("{task.fields[faults]}"))  # fmt: skip
     with Progress(*columns, console=console) as progress:
         for store in arguments.stores:
