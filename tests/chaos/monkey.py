@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,7 @@ class Disk:
             stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
 
     @contextlib.contextmanager
-    def full(self) -> Iterator[None]:
+    def full(self) -> Generator[None]:
         """Leave no byte free for a while."""
         ballast = self.folder / "ballast"
         try:
@@ -243,8 +243,8 @@ def run(
         try:
             with _telling(tell, "disturbed", fleet, monkey.report):
                 asyncio.run(fleet.play(monkey.proxy.address, is_calm=False))
-        except BaseException as error:
-            error.add_note("\n".join(["the servers said:", *monkey.log()[-40:]]))
+        except BaseException:
+            print("the servers said:", *monkey.log()[-40:], sep="\n")
             raise
         finally:
             is_over.set()
@@ -261,7 +261,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _telling(tell: Callable[[str, Fleet, Report], None], phase: str, fleet: Fleet, report: Report) -> Iterator[None]:
+def _telling(tell: Callable[[str, Fleet, Report], None], phase: str, fleet: Fleet, report: Report) -> Generator[None]:
     is_over = threading.Event()
 
     def keep_telling() -> None:

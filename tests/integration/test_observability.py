@@ -38,6 +38,8 @@ import yaml
 
 from serving import ServerProcess, hanging_while_exists, overflowing_policy, publish, small_policy, wait_until
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.snapshots import seal
+from tenuto_server.store import SQLiteStore, StoredSession
 from wire import WireSession, batch, observations
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -67,7 +69,7 @@ def promtool(*arguments: str, text: str | None = None) -> str:
 
 def hastened(expression: str) -> str:
     """The same expression over seconds."""
-    expression = expression.replace("6 * 3600", OFFSET_S)
+    expression = expression.replace("6 * 3600", OFFSET_S).replace("unsaved_seconds) > 30", "unsaved_seconds) > 1")
     return re.sub(r"offset \d+[smhd]", f"offset {OFFSET_S}s", re.sub(r"\[\d+[smhd]\]", f"[{RANGE}]", expression))
 
 
@@ -262,6 +264,15 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
+def _store_of_another_state(path: Path) -> Path:
+    """A store with a session that no server can go on with."""
+    foreign = pb.SessionSnapshot(format_version=1, session_id=5, policy_name="policy", state_fingerprint="another")
+    store = SQLiteStore(path)
+    store.write([StoredSession(5, 0, seal(foreign).SerializeToString())], [])
+    store.close()
+    return path
+
+
 class Scene:
     """A server that has been through everything and is still under load, and the Prometheus that watched it."""
 
@@ -269,7 +280,8 @@ class Scene:
         self.repository = folder / "repository"
         hang = folder / "hang"
         fault = hanging_while_exists(hang)
-        self.server = stack.enter_context(ServerProcess(self.repository, *FLAGS, wait=False, fault=fault))
+        store = ("--durability", f"sqlite:{_store_of_another_state(folder / 'sessions.db')}")
+        self.server = stack.enter_context(ServerProcess(self.repository, *FLAGS, *store, wait=False, fault=fault))
         # A port that is taken and that nobody listens on.
         silent = stack.enter_context(socket.socket())
         silent.bind(("127.0.0.1", 0))
