@@ -159,9 +159,7 @@ def open_store(url: str, lifetime_s: float) -> SnapshotStore:
     if scheme == "sqlite" and rest:
         return SQLiteStore(Path(rest))
     if scheme in ("redis", "rediss", "unix"):
-        try:
-            from tenuto_server.redis_store import RedisStore
-        except ImportError as error:
-            raise ConfigurationError("durability: Redis takes a package more: pip install 'tenuto[redis]'") from error
+        from tenuto_server.redis_store import RedisStore
+
         return RedisStore(url, lifetime_s)
     raise ConfigurationError(f"durability: got {url!r}, expected sqlite:PATH or redis://HOST:PORT/DATABASE")
