@@ -143,12 +143,12 @@ class Batcher(Generic[R]):
                 error.__cause__ = caught
         if error is not None or result is None:
             log.error("a batch of %d rows failed", batch.num_rows, exc_info=error)
-            if isinstance(error, FatalError):
-                self._closed = True
             self._fail(batch.tickets, Refusal(pb.COMPUTE_FAILED, "the forward pass failed; the step was not applied"))
         else:
             for ticket in batch.tickets:
                 self._settle(ticket, None)
+        if isinstance(error, FatalError):
+            self.close()
         self.on_outcome(error)
         self._freed()
         # The device first: it computes while the replies are written.

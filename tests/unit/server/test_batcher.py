@@ -168,15 +168,13 @@ async def test_a_failing_forward_rejects_its_waiters_and_nobody_else() -> None:
     assert device.answered(later) and [b.tickets for b in device.committed] == [[later]]
 
 
-async def test_a_commit_that_raises_leaves_no_waiter_hanging() -> None:
+async def test_a_commit_that_raises_ends_the_computing_and_leaves_no_waiter_hanging() -> None:
     device = Device()
     device.commit_error = RuntimeError("a fault of ours")
     broken, later = device.submit(), device.submit()
     device.finish()
-    assert reason(broken) == pb.COMPUTE_FAILED and device.told == [broken]
-    device.commit_error = None
-    device.finish()
-    assert device.answered(later)
+    assert reason(broken) == pb.COMPUTE_FAILED and reason(later) == pb.DRAINING
+    assert device.told == [broken, later] and len(device.started) == 1
 
 
 async def test_a_full_batch_overtakes_one_that_waits_for_company() -> None:
