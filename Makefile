@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-gpu bench-observing bench-training pictures study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-gpu bench-observing bench-training bench-overload bench-durability soak chaos pictures study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -107,6 +107,12 @@ bench-overload: install  ## Offer a server up to ten times what it can do, about
 
 soak: install  ## Keep a server at three times its capacity for five minutes and watch its memory.
 	$(BIN)/python -W ignore bench/overload/run.py --soak 300 --levels 3
+
+bench-durability: install  ## Measure what each store of sessions costs, some five minutes; Redis where redis-server is installed.
+	$(BIN)/python -W ignore bench/durability.py --json bench/results/durability.json
+
+chaos: install  ## Play 200 environments while their servers are killed 20 times, with both stores; some ten minutes.
+	$(BIN)/python tests/chaos/run.py --json bench/results/chaos.json
 
 bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.
 	$(BIN)/python -W ignore bench/training.py
