@@ -106,13 +106,15 @@ def table_of(found: dict[Case, dict[str, list[Outcome]]]) -> Table:
             cpus = [o.server_us for o in measured if o.server_us is not None]
             rows.append(
                 [
-                    f"{case.mode}, {case.sessions}" if name == NONE else "", name,
+                    f"{case.mode}, {case.sessions}" if name == NONE else "",
+                    name,
                     figure(statistics.median(o.steps_per_s for o in measured)),
                     figure(statistics.median(a.steps_per_s / b.steps_per_s for a, b in pairs), 2),
                     figure(statistics.median(o.p50_ms for o in measured), 2),
                     figure(statistics.median(o.p99_ms for o in measured), 2),
-                    figure(statistics.median(cpus), 1), str(sum(sum(o.errors.values()) for o in measured)),
-                ]  # fmt: skip
+                    figure(statistics.median(cpus), 1),
+                    str(sum(sum(o.errors.values()) for o in measured)),
+                ]
             )
     headers = ("rpc, sessions", "store", "steps/s", "of none", "p50 ms", "p99 ms", "server µs/step", "errors")
     return Table("What durability costs (DNC)", headers, rows, num_left=2)
