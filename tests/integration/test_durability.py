@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import signal
 import sqlite3
@@ -202,7 +203,6 @@ DAMAGES = {
     "flipped": (lambda snapshot, data: data[:-40] + bytes(data[-40:][::-1]), "sha256|SealedSnapshot"),
     "garbage": (lambda snapshot, data: b"\x00\xff" * 50, "SealedSnapshot"),
     "of a later format": (setting(format_version=9), "format_version: got 9, expected 1"),
-    "of another policy": (setting(policy_name="walker"), "policy: got 'walker'"),
     "of other weights": (setting(weights_sha256="00"), "weights_sha256: got '00'"),
     "of another state": (setting(state_fingerprint="x"), "state_fingerprint: got 'x'"),
     "of a version that is gone": (setting(version=8), "version: got 8"),
@@ -231,8 +231,6 @@ def test_a_damaged_snapshot_is_refused_with_its_reason_and_harms_nobody(tmp_path
             at(server, session)
             code, reason, _ = refused(session.step, OBSERVED[1])
             assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "SESSION_UNKNOWN"), name
-            import re
-
             what = f"session {session.id} is not restored: snapshot.*({DAMAGES[name][1]})"
             assert any(re.search(what, line) for line in server.log), (name, server.log)
         assert server.metric("tenuto_snapshots_refused_total") == len(DAMAGES)
