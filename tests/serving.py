@@ -108,6 +108,19 @@ def hanging(self, *arguments, unharmed={owner}.{method}):
 """
 
 
+def failing_while_exists(file: Path) -> str:
+    """A ``fault`` for ServerProcess: while the file exists, batches raise what is written in it."""
+    return f"""
+import pathlib, torch
+from tenuto_server.host_step import HostStep
+def advance(self, rows, sound=HostStep.advance):
+    if pathlib.Path({str(file)!r}).exists():
+        raise eval(pathlib.Path({str(file)!r}).read_text())
+    return sound(self, rows)
+HostStep.advance = advance
+"""
+
+
 class ServerProcess:
     """``tenuto-serve`` on free ports. Its log is kept in ``log``. ``fault`` is Python that runs before it."""
 

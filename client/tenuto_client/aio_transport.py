@@ -39,7 +39,7 @@ class AioTransport:
         ``stream``: StepBatch travels over one StepStream. ``shared``: the connection is that of all others to this
         address with the same token, and Step travels over their common stream. ``token``: as Transport's.
         """
-        self._authorization = authorization_of(token)
+        self._token, self._authorization = token, authorization_of(token)
         self._address, self._credentials, self._uses_stream = check_address(address), credentials, stream
         self._is_shared = shared
         self._shared: SharedStream | None = None
@@ -89,8 +89,10 @@ class AioTransport:
             program.close()
 
     def to(self, address: str) -> AioTransport:
-        """Return a transport to another address that is otherwise the same."""
-        return AioTransport(address, self._credentials, stream=self._uses_stream, shared=self._is_shared)
+        """As Transport.to."""
+        return AioTransport(
+            address, self._credentials, token=self._token, stream=self._uses_stream, shared=self._is_shared
+        )
 
     async def close(self) -> None:
         """Close the channel; calls under way fail."""

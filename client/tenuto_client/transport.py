@@ -84,7 +84,7 @@ class Transport:
         for an address at which no server can be, or a token that cannot be sent.
         """
         check_address(address)
-        self._credentials = credentials
+        self._credentials, self._token = credentials, token
         self._authorization = authorization_of(token)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
@@ -134,8 +134,8 @@ class Transport:
             program.close()
 
     def to(self, address: str) -> Transport:
-        """Return a transport to another address that is otherwise the same."""
-        return Transport(address, self._credentials, stream=self._stream is not None)
+        """Return a transport to another address that is otherwise the same: who calls, whom it trusts, how it calls."""
+        return Transport(address, self._credentials, token=self._token, stream=self._stream is not None)
 
     def close(self) -> None:
         """Close the channel; calls under way fail."""

@@ -19,10 +19,10 @@ def read_regular(path: Path | str, max_bytes: int, *, folder: int | None = None,
             raise OSError(errno.EINVAL, "not a regular file")
         if found.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"{found.st_size} bytes, expected at most {max_bytes}")
-        # It may grow meanwhile.
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(errno.EFBIG, f"more than {max_bytes} bytes")
+        # It may grow meanwhile. Python sets the memory aside that it is asked for: no more than there is to read.
+        content = file.read(found.st_size + 1)
+    if len(content) > found.st_size:
+        raise OSError(errno.EBUSY, "it grows while it is read")
     return content
 
 

@@ -208,6 +208,8 @@ def check_fit(snapshot: pb.SessionSnapshot, policy: ServedPolicy) -> SessionStat
     for name, array, like in (("action", action, blank.action[0]), ("logits", logits, blank.logits[0])):
         if array.dtype != like.dtype or array.shape != like.shape:
             raise SnapshotError(f"snapshot {name}: got {array.dtype} {array.shape}, expected {like.dtype} {like.shape}")
+    if num_steps and not policy.action_space.contains(action):
+        raise SnapshotError(f"snapshot action: got one that is not in {policy.action_space}")
     floats = [*(a for a in state if a.dtype.kind == "f"), logits, np.array([reply.value, reply.log_prob])]
     if not all(np.isfinite(a).all() for a in floats) or not np.isfinite(snapshot.episode_return):
         raise SnapshotError("snapshot: got NaN or infinity, expected finite numbers")

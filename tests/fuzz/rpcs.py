@@ -77,7 +77,7 @@ def unpack_stream(data: bytes) -> list[bytes]:
     return messages
 
 
-class _Aborted(Exception):
+class _Aborted(grpc.aio.AbortError):
     pass
 
 
@@ -97,6 +97,9 @@ class _Context:
 
     def peer(self) -> str:
         return "fuzz"
+
+    def done(self) -> bool:
+        return self.status is not None
 
     def auth_context(self) -> dict[str, Any]:
         return {}

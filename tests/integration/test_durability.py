@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from redis_process import RedisProcess
 from serving import ServerProcess, publish, small_policy, wait_until
+from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.snapshots import seal
 from wire import WireSession, observations, refused
 
 N = 12
@@ -310,6 +313,24 @@ def test_a_snapshot_of_other_weights_is_not_imported(tmp_path: Path, repository:
         code, reason, _ = refused(there.stub.ImportSession, pb.ImportSessionRequest(snapshot=torn))
         assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "SNAPSHOT_INVALID")
         assert there.metric("tenuto_sessions") == 0
+
+
+def test_a_snapshot_whose_last_action_is_none_of_the_policys_is_not_imported(repository: Path) -> None:
+    """Asked for the step again, the server would answer with it."""
+    with ServerProcess(repository) as server:
+        session = WireSession(server, "policy")
+        session.step(OBSERVED[0])
+        exported = server.stub.ExportSession(pb.ExportSessionRequest(session_id=session.id)).snapshot
+        for action, taken in ((4, True), (5, False), (-1, False)):
+            snapshot = pb.SessionSnapshot.FromString(exported.snapshot)
+            snapshot.session_id += 1 + action % 7
+            snapshot.reply.action.CopyFrom(array_to_wire(np.array(action)))
+            request = pb.ImportSessionRequest(snapshot=seal(snapshot))
+            if taken:
+                assert server.stub.ImportSession(request).next_step_index == 1
+            else:
+                code, reason, _ = refused(server.stub.ImportSession, request)
+                assert (code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "SNAPSHOT_INVALID")
 
 
 def test_a_session_goes_on_at_whichever_server_shares_its_store(tmp_path: Path, repository: Path) -> None:

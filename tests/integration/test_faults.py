@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from serving import ServerProcess, hanging_while_exists, publish, small_policy, wait_until
+from serving import ServerProcess, failing_while_exists, hanging_while_exists, publish, small_policy, wait_until
 from tenuto_client import RemotePolicy
 from tenuto_proto import array_from_wire
 from tenuto_proto.v1 import policy_pb2 as pb
@@ -46,19 +46,6 @@ def is_serving(server: ServerProcess) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- batches that fail
-
-
-def failing_while_exists(file: Path) -> str:
-    """A ``fault`` for ServerProcess: while the file exists, batches raise what is written in it."""
-    return f"""
-import pathlib, torch
-from tenuto_server.host_step import HostStep
-def advance(self, rows, sound=HostStep.advance):
-    if pathlib.Path({str(file)!r}).exists():
-        raise eval(pathlib.Path({str(file)!r}).read_text())
-    return sound(self, rows)
-HostStep.advance = advance
-"""
 
 
 def test_batches_that_fail_change_nothing_and_many_in_a_row_make_the_server_not_ready(

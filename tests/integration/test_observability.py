@@ -2,7 +2,8 @@
 
 One server is put through everything that an operator might see: no policy, load, a full queue, slots that run out,
 sessions that expire, wrong steps, versions that are broken, do not fit, compute NaN or return less, a device that hangs
-and a process that stands still for a moment. Meanwhile Prometheus evaluates alerts.yml as it is, except that waiting
+and a process that stands still for a moment. A second one, with TLS and tokens, loses its files and then its device's
+memory. Meanwhile Prometheus evaluates alerts.yml as it is, except that waiting
 times and ranges are seconds instead of minutes. What must hold then:
 
 - every alert has fired, so none can hide a wrong name, label or join behind a result that is empty in health;
@@ -36,11 +37,22 @@ import numpy as np
 import pytest
 import yaml
 
-from serving import ServerProcess, hanging_while_exists, overflowing_policy, publish, small_policy, wait_until
+from serving import (
+    ServerProcess,
+    failing_while_exists,
+    hanging_while_exists,
+    overflowing_policy,
+    publish,
+    small_policy,
+    wait_until,
+)
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_proto.v1 import policy_pb2_grpc
+from tenuto_server import tokens
+from tenuto_server.principals import Principal
 from tenuto_server.snapshots import seal
 from tenuto_server.store import SQLiteStore, StoredSession
-from wire import WireSession, batch, observations
+from wire import CODEC, WireSession, batch, observations, refused
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PROMETHEUS, DASHBOARD = DEPLOY / "prometheus", DEPLOY / "grafana" / "tenuto.json"
@@ -273,6 +285,52 @@ def _store_of_another_state(path: Path) -> Path:
     return path
 
 
+CERTIFICATE = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -keyout server.key -out server.pem "
+    "-subj /CN=localhost -addext subjectAltName=DNS:localhost"
+)
+
+
+class Locked:
+    """A server with TLS and tokens, whose files and whose device fail at once."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._repository, self._tokens, self._fault = folder / "repository", folder / "tokens.json", folder / "fault"
+        publish(self._repository, small_policy())
+        subprocess.run(CERTIFICATE.split(), cwd=folder, check=True, capture_output=True)
+        self._caller = _bearing(tokens.add(self._tokens, Principal("caller")))
+        self._greedy = _bearing(tokens.add(self._tokens, Principal("greedy", max_sessions=0)))
+        flags = ("--tokens", str(self._tokens), "--tls-certificate", str(folder / "server.pem"))
+        flags += ("--tls-key", str(folder / "server.key"))
+        fault = failing_while_exists(self._fault)
+        self.server = stack.enter_context(ServerProcess(self._repository, *flags, fault=fault))
+        trusted = grpc.ssl_channel_credentials((folder / "server.pem").read_bytes())
+        channel = stack.enter_context(grpc.secure_channel(f"localhost:{self.server.port}", trusted))
+        self._stub = policy_pb2_grpc.PolicyServiceStub(channel)
+
+    def fail(self) -> None:
+        """Lose the repository, the tokens and the device's memory; a session is refused now and then meanwhile."""
+        session_id = self._stub.OpenSession(pb.OpenSessionRequest(), metadata=self._caller).session_id
+        observed = CODEC.pack(observations(1)[0])
+        self._repository.rename(self._repository.with_name("elsewhere"))
+        self._fault.write_text("torch.OutOfMemoryError('no memory')")
+        step = pb.StepRequest(session_id=session_id, observation=observed)
+        while not self.server.metric('tenuto_state{tenuto_state="failing"}'):
+            assert refused(self._stub.Step, step, metadata=self._caller)[1] == "COMPUTE_FAILED"
+        self._tokens.write_text("{")
+        wait_until(lambda: self.server.metric("tenuto_repository_readable") == 0, "the repository to be missed")
+
+    def ask_for_too_much(self) -> None:
+        for _ in range(5):
+            assert (
+                refused(self._stub.OpenSession, pb.OpenSessionRequest(), metadata=self._greedy)[1] == "QUOTA_EXCEEDED"
+            )
+
+
+def _bearing(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
 class Scene:
     """A server that has been through everything and is still under load, and the Prometheus that watched it."""
 
@@ -281,6 +339,8 @@ class Scene:
         hang = folder / "hang"
         fault = hanging_while_exists(hang)
         store = ("--durability", f"sqlite:{_store_of_another_state(folder / 'sessions.db')}")
+        (folder / "locked").mkdir()
+        locked = Locked(folder / "locked", stack)
         self.server = stack.enter_context(ServerProcess(self.repository, *FLAGS, *store, wait=False, fault=fault))
         # A port that is taken and that nobody listens on.
         silent = stack.enter_context(socket.socket())
@@ -289,8 +349,11 @@ class Scene:
         self.silent_instance = f"127.0.0.1:{silent.getsockname()[1]}"
         restarting = _free_port()
         targets = [self.instance, self.silent_instance, f"127.0.0.1:{restarting}"]
+        targets.append(f"127.0.0.1:{locked.server.metrics_port}")
         self.prometheus = stack.enter_context(Prometheus(folder, targets))
-        self._await_alerts("TenutoNoPolicy", "TenutoServerDown")
+        # It runs by now, and all its rows have begun at 0.
+        self._await_alerts("TenutoNoPolicy", "TenutoServerDown", "TenutoCertificateExpires")
+        locked.fail()
         started = f'up{{instance="127.0.0.1:{restarting}"}} == 1'
         for _ in range(3):
             with subprocess.Popen([sys.executable, "-c", ANY_PROCESS.format(port=restarting)]) as process:
@@ -319,6 +382,7 @@ class Scene:
             self.server.process.send_signal(signal.SIGCONT)
             time.sleep(0.5)
         self._hang(hang)
+        locked.ask_for_too_much()
         self._await_alerts(*ALERTS)
 
     def _hang(self, hang: Path) -> None:

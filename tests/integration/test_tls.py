@@ -145,6 +145,27 @@ def test_with_a_file_of_principals_a_certificate_that_is_not_in_it_is_nobodys(
         assert reason(lambda: listed(server, robot)) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
 
 
+async def test_a_session_that_moves_to_another_server_shows_its_certificate_and_token_there_too(
+    repository: Path, files: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens.json"
+    token = tokens.add(file, Principal("alice"))
+    robot = credentials(files, files / "robot-7.key", files / "robot-7.pem")
+    both = [*flags(files, client_ca=True), "--tokens", str(file)]
+    with ServerProcess(repository, *both) as here, ServerProcess(repository, *both) as there:
+        for transport in ("unary", "stream"):
+            options: Any = {"credentials": robot, "token": token, "transport": transport}
+            with RemotePolicy(at(here), **options) as policy:
+                policy.step(OBSERVED)
+                policy.move(at(there))
+                assert policy.step(OBSERVED).step_index == 1
+            async with AsyncRemotePolicy(at(here), **options) as moving:
+                await moving.step(OBSERVED)
+                await moving.move(at(there))
+                assert (await moving.step(OBSERVED)).step_index == 1
+                assert listed(there, robot, (("authorization", f"Bearer {token}"),)) == {moving.session_id: "alice"}
+
+
 def test_a_renewed_certificate_is_taken_without_a_restart_and_a_broken_one_is_not(
     repository: Path, files: Path
 ) -> None:
