@@ -1,7 +1,4 @@
-"""More than the device can do: what is refused, what it costs, who goes on, and what is left afterwards.
-
-The server's callers are told apart by a header here; how they prove who they are is tested elsewhere.
-"""
+"""More than the device can do: what is refused, what it costs, who goes on, and what is left afterwards."""
 
 from __future__ import annotations
 
@@ -22,6 +19,8 @@ from tenuto_client import CapacityError, OverloadedError, RemotePolicy
 from tenuto_client.errors import error_from_rpc
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
+from tenuto_server import tokens
+from tenuto_server.principals import Principal
 from wire import WireSession, batch, observations, refused
 
 BATCH_S, MAX_BATCH, DELAY_MS = 0.02, 8, 200
@@ -36,17 +35,12 @@ def slow(self, *arguments, unharmed=Engine.run):
 Engine.run = slow
 """
 """A device that takes 20 ms for a batch."""
-PRINCIPALS = """
-from tenuto_server.principals import Principal
-from tenuto_server.service import PolicyService
-known = [Principal("greedy"), Principal("modest"), Principal("few", max_sessions=2), Principal("", max_steps_per_s=20)]
-named = {principal.name: principal for principal in known}
-def build(self, *arguments, unharmed=PolicyService.__init__, **more):
-    unharmed(self, *arguments, **more)
-    self._authenticate = lambda context: named[dict(context.invocation_metadata()).get("x-principal", "")]
-PolicyService.__init__ = build
-"""
-"""Callers by a header; without it one that may take 20 steps a second."""
+PRINCIPALS = (
+    Principal("greedy"),
+    Principal("modest"),
+    Principal("few", max_sessions=2),
+    Principal("limited", max_steps_per_s=20),
+)
 COUNTED = """
 import gc
 from prometheus_client import Gauge
@@ -63,18 +57,33 @@ Metrics.__init__ = build
 """Metrics that count what a request leaves behind."""
 
 
+class Crowd(ServerProcess):
+    """A slow device, callers with tokens, and a metric of what is alive."""
+
+    def __init__(self, folder: Path) -> None:
+        publish(folder / "repository", small_policy("frameconv"))
+        self.tokens = {p.name: tokens.add(folder / "tokens.json", p) for p in PRINCIPALS}
+        flags = ("--max-batch", str(MAX_BATCH), "--max-queue-delay-ms", str(DELAY_MS), "--capacity", "4096",
+                 "--tokens", str(folder / "tokens.json"))  # fmt: skip
+        super().__init__(folder / "repository", *flags, fault=SLOW + COUNTED)
+
+    def named(self, name: str) -> tuple[tuple[str, str], ...]:
+        """The metadata of a caller."""
+        return (("authorization", f"Bearer {self.tokens[name]}"),)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A slow device, principals, and a metric of what is alive."""
-    repository = tmp_path_factory.mktemp("repository")
-    publish(repository, small_policy("frameconv"))
-    flags = ("--max-batch", str(MAX_BATCH), "--max-queue-delay-ms", str(DELAY_MS), "--capacity", "4096")
-    with ServerProcess(repository, *flags, fault=SLOW + PRINCIPALS + COUNTED) as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
+    with Crowd(tmp_path_factory.mktemp("overload")) as running:
         yield running
 
 
-def as_principal(name: str) -> tuple[tuple[str, str], ...]:
-    return (("x-principal", name),)
+def opened(server: Crowd, name: str) -> WireSession:
+    """A session of a caller."""
+    session = WireSession.__new__(WireSession)
+    session.id = server.stub.OpenSession(pb.OpenSessionRequest(), metadata=server.named(name)).session_id
+    session.index = 0
+    return session
 
 
 class Greedy:
@@ -82,8 +91,8 @@ class Greedy:
 
     NUM_STREAMS, PER_STREAM, PAUSE_S = 32, 4, 0.05
 
-    def __init__(self, server: ServerProcess) -> None:
-        self._address = server.address
+    def __init__(self, server: Crowd) -> None:
+        self._address, self._metadata = server.address, server.named("greedy")
         self.num_refused = self.num_good = 0
         self.hints_ms: list[int] = []
         self.queue_us: list[int] = []
@@ -111,7 +120,7 @@ class Greedy:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _stream(self, stub: Any) -> None:
-        call = stub.StepStream(metadata=as_principal("greedy"))
+        call = stub.StepStream(metadata=self._metadata)
         [observation] = observations(1)
         requests: list[pb.StepBatchRequest] = []
         for number in range(self.PER_STREAM):
@@ -137,19 +146,16 @@ class Greedy:
                 request.step_indices[:] = [index + 1 for index in request.step_indices]
             await call.write(request)
 
-    @staticmethod
-    async def _open(stub: Any) -> WireSession:
+    async def _open(self, stub: Any) -> WireSession:
         session = WireSession.__new__(WireSession)
-        opened = await stub.OpenSession(pb.OpenSessionRequest(), metadata=as_principal("greedy"))
+        opened = await stub.OpenSession(pb.OpenSessionRequest(), metadata=self._metadata)
         session.id, session.index = opened.session_id, 0
         return session
 
 
-def test_a_greedy_caller_does_not_starve_a_modest_one(server: ServerProcess) -> None:
-    metadata = as_principal("modest")
-    opened = server.stub.OpenSession(pb.OpenSessionRequest(), metadata=metadata)
-    session = WireSession.__new__(WireSession)
-    session.id, session.index = opened.session_id, 0
+def test_a_greedy_caller_does_not_starve_a_modest_one(server: Crowd) -> None:
+    metadata = server.named("modest")
+    session = opened(server, "modest")
     waits_us: list[int] = []
     with Greedy(server) as greedy:
         first = len(greedy.queue_us)
@@ -166,7 +172,7 @@ def test_a_greedy_caller_does_not_starve_a_modest_one(server: ServerProcess) -> 
     assert statistics.median(greedy.hints_ms) > 1e3 * BATCH_S
 
 
-def test_an_overload_leaves_nothing_behind(server: ServerProcess) -> None:
+def test_an_overload_leaves_nothing_behind(server: Crowd) -> None:
     with Greedy(server) as greedy:
         wait_until(lambda: greedy.num_good > 200, "the greedy caller to be served")
         assert server.metric("tenuto_queue_parties") == 1
@@ -175,13 +181,13 @@ def test_an_overload_leaves_nothing_behind(server: ServerProcess) -> None:
     for name in ("Ticket", "StepCall", "StepStream"):
         wait_until(lambda name=name: server.metric(f"objects_{name}") == 0, f"the last {name} to be gone")
     assert server.metric("tenuto_queued_rows") == server.metric("tenuto_queue_parties") == 0
-    assert server.metric('tenuto_sessions{state="stepping"}') == 0
+    wait_until(lambda: server.metric('tenuto_sessions{state="stepping"}') == 0, "the last step's session to be free")
 
 
-def test_the_client_keeps_to_the_rate_that_the_server_grants(server: ServerProcess) -> None:
+def test_the_client_keeps_to_the_rate_that_the_server_grants(server: Crowd) -> None:
     before = server.metric('tenuto_refusals_total{reason="QUOTA_EXCEEDED"}')
     num_steps, rate = 50, 20
-    with RemotePolicy(server.address) as policy:
+    with RemotePolicy(server.address, token=server.tokens["limited"]) as policy:
         policy.connect()
         began_s = time.monotonic()
         for index, observation in enumerate(observations(num_steps)):
@@ -193,14 +199,15 @@ def test_the_client_keeps_to_the_rate_that_the_server_grants(server: ServerProce
     assert server.metric('tenuto_refusals_total{reason="QUOTA_EXCEEDED"}') - before <= num_steps - rate + 5
 
 
-def test_a_refusal_says_when_to_try_again(server: ServerProcess) -> None:
-    sessions = [WireSession(server, policy="") for _ in range(MAX_BATCH)]
+def test_a_refusal_says_when_to_try_again(server: Crowd) -> None:
+    metadata = server.named("limited")
+    sessions = [opened(server, "limited") for _ in range(MAX_BATCH)]
     [observation] = observations(1)
     request = batch(sessions, [observation] * MAX_BATCH)
 
     def spend() -> grpc.RpcError | None:
         try:
-            reply = server.stub.StepBatch(request)
+            reply = server.stub.StepBatch(request, metadata=metadata)
         except grpc.RpcError as error:
             return error
         assert not reply.errors
@@ -215,14 +222,14 @@ def test_a_refusal_says_when_to_try_again(server: ServerProcess) -> None:
     assert spend() is None
 
 
-def test_a_principal_holds_no_more_sessions_than_its_quota(server: ServerProcess) -> None:
-    open_session, few = server.stub.OpenSession, as_principal("few")
+def test_a_principal_holds_no_more_sessions_than_its_quota(server: Crowd) -> None:
+    open_session, few = server.stub.OpenSession, server.named("few")
     ids = [open_session(pb.OpenSessionRequest(), metadata=few).session_id for _ in range(2)]
     exceeded = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", {"quota": "sessions"})
     assert refused(open_session, pb.OpenSessionRequest(), metadata=few) == exceeded
     # The same open again is no further session, and others are not concerned.
     assert open_session(pb.OpenSessionRequest(session_id=ids[0], seed=ids[0]), metadata=few).session_id == ids[0]
-    open_session(pb.OpenSessionRequest(), metadata=as_principal("modest"))
+    open_session(pb.OpenSessionRequest(), metadata=server.named("modest"))
     server.stub.CloseSession(pb.CloseSessionRequest(session_id=ids[0]), metadata=few)
     open_session(pb.OpenSessionRequest(), metadata=few)
     assert refused(open_session, pb.OpenSessionRequest(), metadata=few) == exceeded
