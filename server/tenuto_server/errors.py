@@ -14,15 +14,11 @@ Anything else that escapes is a fault of ours: it is logged with its traceback a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import grpc
 
 from tenuto_proto import WireError
 from tenuto_proto.v1 import policy_pb2 as pb
-
-if TYPE_CHECKING:
-    from tenuto_server.principals import Principal
 
 _CODES: dict[int, grpc.StatusCode] = {
     pb.POLICY_UNKNOWN: grpc.StatusCode.NOT_FOUND,
@@ -134,12 +130,6 @@ def unknown_session(session_id: int, server_epoch: int) -> Refusal:
     """Refuse a session that nobody remembers."""
     message = f"session {session_id}: never opened here, or ended long ago"
     return Refusal(pb.SESSION_UNKNOWN, message, {"server_epoch": str(server_epoch)})
-
-
-def require_admin(principal: Principal, what: str) -> None:
-    """Refuse whoever is not an admin. ``what`` it takes one for: "to import a session of somebody else"."""
-    if not principal.is_admin:
-        raise Refusal(pb.PERMISSION_DENIED, f"{what}: it takes the role of an admin, which {principal.name!r} has not")
 
 
 def session_exists(session_id: int) -> Refusal:

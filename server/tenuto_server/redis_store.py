@@ -49,9 +49,9 @@ class RedisStore:
             self._redis: Any = redis.Redis.from_url(
                 url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 1)
             )
-        except ValueError as error:
-            # The address may hold a password.
-            raise ConfigurationError(f"durability: the address of Redis makes no sense ({error})") from error
+        except ValueError:
+            # It may hold a password, of which the error's text may quote a part.
+            raise ConfigurationError("durability: got no address of Redis, expected redis://HOST:PORT/DB") from None
         self._write: Any = self._redis.register_script(_WRITE)
 
     def write(self, sessions: Sequence[StoredSession], ended: Iterable[tuple[int, int]]) -> set[int]:

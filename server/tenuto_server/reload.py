@@ -54,7 +54,7 @@ class Reloader:
         self.has_scanned = False
         """Whether everything that was in the repository at the start has been loaded or refused."""
         self._one_at_a_time = asyncio.Lock()
-        self._is_readable = True
+        self._is_readable = self._is_watchable = True
         self._unreadable: set[str] = set()
         """Policies whose folder could not be read at the last look."""
         self._too_large: dict[str, int] = {}
@@ -73,11 +73,19 @@ class Reloader:
         while not stop.is_set():
             try:
                 await self._watch_one(poll_s, stop)
+                continue
+            except ConfigurationError:
+                raise
             except FileNotFoundError:
                 # There is nothing to watch until somebody brings it back.
-                await self._scan_safely()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(stop.wait(), poll_s)
+                pass
+            except Exception as error:  # noqa: BLE001 (the system has no watch left, or the mount has none)
+                if self._is_watchable:
+                    log.warning("cannot watch the repository, which is looked at every %g s: %s", poll_s, error)
+                self._is_watchable = False
+            await self._scan_safely()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(stop.wait(), poll_s)
 
     async def _watch_one(self, poll_s: float, stop: asyncio.Event) -> None:
         """Scan at changes until another folder is in the repository's place, of which no events would come. Raises

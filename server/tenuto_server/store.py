@@ -162,4 +162,5 @@ def open_store(url: str, lifetime_s: float) -> SnapshotStore:
         from tenuto_server.redis_store import RedisStore
 
         return RedisStore(url, lifetime_s)
-    raise ConfigurationError(f"durability: got {url!r}, expected sqlite:PATH or redis://HOST:PORT/DATABASE")
+    # The rest may hold a password.
+    raise ConfigurationError(f"durability: got {scheme!r} of something, expected sqlite:PATH or redis://HOST:PORT/DB")

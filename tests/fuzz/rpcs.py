@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fuzz.mutation import blob, mutate_message
 from serving import publish, small_policy
-from tenuto_proto import array_from_wire
+from tenuto_proto import array_from_wire, array_to_wire
 from tenuto_proto.errors import STATUS_DETAILS_KEY, decode_status
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server import main as server_main
@@ -365,19 +365,29 @@ def seeds() -> list[bytes]:
     ]
 
 
-def exported_seed(target: RpcTarget) -> bytes:
-    """An import of a session that has taken a step, which then goes on; of this very policy."""
+def exported_seeds(target: RpcTarget) -> list[bytes]:
+    """Imports of a session of this very policy that has taken two steps, which then goes on: a sound one, and one that
+    answers the last step again with an action that the policy does not have.
+    """
     observation = CODEC.pack((np.zeros(3, np.float32), 1))
 
-    async def make() -> bytes:
+    async def make() -> list[bytes]:
         service = target._service
         for index in range(2):
             await service.Step(pb.StepRequest(session_id=4, step_index=index, observation=observation), _Context())
         exported = await service.ExportSession(pb.ExportSessionRequest(session_id=4), _Context())
         snapshot = pb.SessionSnapshot.FromString(exported.snapshot.snapshot)
-        snapshot.session_id = 9
-        goes_on = pb.StepRequest(session_id=9, step_index=2, observation=observation).SerializeToString()
-        return pack([("ImportSession", b"\x00" + snapshot.SerializeToString()), ("Step", goes_on)])
+        found = list[bytes]()
+        for session_id, action in ((9, None), (10, 77)):
+            snapshot.session_id = session_id
+            if action is not None:
+                snapshot.reply.action.CopyFrom(array_to_wire(np.array(action)))
+            calls = [("ImportSession", b"\x00" + snapshot.SerializeToString())]
+            for index in (1, 2):
+                step = pb.StepRequest(session_id=session_id, step_index=index, observation=observation)
+                calls.append(("Step", step.SerializeToString()))
+            found.append(pack(calls))
+        return found
 
     return target._loop.run_until_complete(make())
 

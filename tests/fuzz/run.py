@@ -1,13 +1,14 @@
 """``python tests/fuzz/run.py rpcs --inputs 1000000``: fuzz one target, guided by coverage where atheris is installed.
 
 Begins with the kept corpus, tells how many inputs came to what, and keeps an input that is a finding in --findings.
-With --keep, the inputs that reach what no smaller ones do become the kept corpus.
+With --keep nothing is fuzzed: of what has grown, that which reaches what no smaller input does becomes the kept one.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import logging
 import random
 import shutil
@@ -15,6 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ CORPUS = HERE / "corpus"
 _INSTRUMENTED = {"rpcs": ["tenuto_server", "tenuto_proto"], "checkpoints": ["tenuto_models"]}
 """Packages whose coverage guides."""
 _TOLD_EVERY = 20_000
-_MAX_BYTES = 65_536
+_MAX_BYTES = 16_384
 _MANY = 300
 """Inputs that mutation begins from, where nothing guides it."""
 
@@ -34,7 +37,7 @@ def make_target(name: str, folder: Path) -> tuple[Any, list[bytes], Any]:
     module = importlib.import_module(f"fuzz.{name}")
     if name == "rpcs":
         target = module.RpcTarget(folder / "repository")
-        return target, [*module.seeds(), module.exported_seed(target)], module.mutate
+        return target, [*module.seeds(), *module.exported_seeds(target)], module.mutate
     target = module.CheckpointTarget(folder / "target")
     seeds = module.seeds(folder / "seeds")
     target.limit_memory()
@@ -75,14 +78,17 @@ def _resident_mb() -> float:
 def run_random(target: Any, seeds: list[bytes], mutate: Any, num_inputs: int, seed: int, findings: Path) -> None:
     """Mutate again and again what was mutated before, or a seed."""
     rng, told, inputs = random.Random(seed), Told(target), list(seeds)
-    for data in seeds:
-        told(data)
-    while target.num_inputs < num_inputs:
-        data = mutate(rng.choice(inputs if rng.random() < 0.6 else seeds), rng)
-        if len(inputs) < _MANY:
-            inputs.append(data)
-        elif rng.random() < 0.1:
-            inputs[rng.randrange(len(seeds), len(inputs))] = data
+
+    def mutated() -> Iterator[bytes]:
+        while target.num_inputs < num_inputs:
+            data = mutate(rng.choice(inputs if rng.random() < 0.6 else seeds), rng)
+            if len(inputs) < len(seeds) + _MANY:
+                inputs.append(data)
+            elif rng.random() < 0.1:
+                inputs[rng.randrange(len(seeds), len(inputs))] = data
+            yield data
+
+    for data in itertools.chain(seeds, mutated()):
         try:
             told(data)
         except BaseException:
@@ -93,6 +99,34 @@ def run_random(target: Any, seeds: list[bytes], mutate: Any, num_inputs: int, se
             raise
     target.look()
     told.tell()
+
+
+def keep(target: Any, name: str, inputs: Iterable[bytes]) -> None:
+    """Write the kept corpus anew: the smallest inputs that reach all lines of ours, and all outcomes, that any does."""
+    folder, reached = CORPUS / name, set[Any]()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for data in sorted(set(inputs), key=lambda data: (len(data), data)):
+        seen = set[Any]()
+
+        def trace(frame: Any, event: str, _: Any, seen: set[Any] = seen) -> Any:
+            if "/tenuto_" not in frame.f_code.co_filename:
+                return None
+            seen.add((frame.f_code, frame.f_lineno))
+            return trace
+
+        before = target.outcomes.copy()
+        sys.settrace(trace)
+        try:
+            target(data)
+        finally:
+            sys.settrace(None)
+        seen |= (target.outcomes - before).keys()
+        target.look()
+        if not seen <= reached:
+            reached |= seen
+            (folder / sha256(data).hexdigest()[:16]).write_bytes(data)
+    print(f"kept {len(kept(name))} inputs, {sum(map(len, kept(name)))} bytes")
 
 
 def _guided(arguments: argparse.Namespace, folder: Path) -> None:
@@ -118,10 +152,6 @@ def _guided(arguments: argparse.Namespace, folder: Path) -> None:
         f"-runs={arguments.inputs}", f"-seed={arguments.seed}", f"-max_len={_MAX_BYTES}", "-timeout=30",
         "-rss_limit_mb=6000", "-print_final_stats=1", "-len_control=0", f"-artifact_prefix={arguments.findings}/",
     ]  # fmt: skip
-    if arguments.keep:
-        minimal = CORPUS / arguments.target
-        minimal.mkdir(parents=True, exist_ok=True)
-        flags = ["-merge=1", f"-max_len={_MAX_BYTES}", str(minimal)]
     atheris.Setup([sys.argv[0], *flags, str(grown)], told, custom_mutator=mutator)
     atheris.Fuzz()
 
@@ -144,7 +174,11 @@ def main() -> None:
     in_memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="tenuto-fuzz-", dir=in_memory if in_memory.is_dir() else None))
     try:
-        if driver == "atheris":
+        if arguments.keep:
+            target, seeds, _ = make_target(arguments.target, folder)
+            grown = (path.read_bytes() for path in (arguments.grown / arguments.target).glob("*"))
+            keep(target, arguments.target, [*seeds, *kept(arguments.target), *grown])
+        elif driver == "atheris":
             _guided(arguments, folder)
         else:
             target, seeds, mutate = make_target(arguments.target, folder)

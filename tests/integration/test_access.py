@@ -133,6 +133,7 @@ CALLS: dict[str, Callable[[Caller, int], Any]] = {
     ),
     "CloseSession": lambda caller, i: caller("CloseSession", pb.CloseSessionRequest(session_id=i)),
     "InspectSession": lambda caller, i: caller("InspectSession", pb.InspectSessionRequest(session_id=i)),
+    "ExportSession": lambda caller, i: caller("ExportSession", pb.ExportSessionRequest(session_id=i)),
 }
 
 
@@ -248,6 +249,21 @@ def test_one_lists_ones_own_sessions_and_an_admin_lists_all_and_looks_into_them(
     assert alice("InspectSession", inspect).session.session_id == alices
     # To look is not to touch.
     assert reason(lambda: admin.step(alices)) == (grpc.StatusCode.NOT_FOUND, "SESSION_UNKNOWN")
+
+
+def test_an_admin_exports_the_session_of_somebody_else_who_may_take_it_back(
+    alice: Caller, bob: Caller, admin: Caller
+) -> None:
+    session_id = alice.open()
+    alice.step(session_id)
+    exported = admin("ExportSession", pb.ExportSessionRequest(session_id=session_id)).snapshot
+    assert reason(lambda: alice.step(session_id, 1)) == (grpc.StatusCode.FAILED_PRECONDITION, "SESSION_EXPORTED")
+    again = pb.ImportSessionRequest(snapshot=exported)
+    # It stays hers, whoever has the snapshot.
+    for other in (bob, admin):
+        assert reason(lambda other=other: other("ImportSession", again))[1] == "SESSION_EXISTS"
+    assert alice("ImportSession", again).next_step_index == 1
+    assert alice.step(session_id, 1).step_index == 1
 
 
 # ------------------------------------------------------------------ who calls

@@ -179,6 +179,30 @@ def test_a_repository_that_vanishes_is_told_of_and_used_again_when_it_is_back(re
         assert not any("Traceback" in line for line in server.log)
 
 
+UNWATCHABLE = """
+import tenuto_server.reload
+async def awatch(*paths, **options):
+    raise OSError("OS file watch limit reached.")
+    yield
+tenuto_server.reload.awatch = awatch
+"""
+"""A ``fault`` for ServerProcess: other programs have taken all the watches that the system has."""
+
+
+def test_a_repository_that_cannot_be_watched_is_looked_at_regularly(repository: Path, tmp_path: Path) -> None:
+    with ServerProcess(repository, fault=UNWATCHABLE) as server:
+        for version in (2, 3):
+            publish(repository, small_policy(seed=version), version=version)
+            wait_until(lambda v=version: server.metric("tenuto_newest_version") == v, "the new version")
+        repository.rename(tmp_path / "away")
+        wait_until(lambda: server.metric("tenuto_repository_readable") == 0, "the repository to be missed")
+        (tmp_path / "away").rename(repository)
+        wait_until(lambda: server.metric("tenuto_repository_readable") == 1, "the repository to be seen")
+        assert len([line for line in server.log if "cannot watch the repository" in line]) == 1
+        server.terminate()
+        assert server.wait() == 0
+
+
 def full_while_exists(file: Path) -> str:
     """A ``fault`` for ServerProcess: no file can grow while this one exists, as on a disk that is full."""
     return f"""

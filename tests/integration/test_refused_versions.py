@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import tenuto_envs
 from serving import ServerProcess, publish, small_policy, wait_until
+from tenuto_models.signing import Signer, make_key_pair
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_trainer import TrainConfigError, TrainerError
 from tenuto_trainer.errors import RefusedError
@@ -101,6 +102,29 @@ def test_a_policy_of_which_every_version_is_refused_is_unknown_with_the_reason(
     _, reason, metadata = refused(server.stub.GetPolicy, request)
     assert (reason, metadata["refused_version"]) == ("POLICY_UNKNOWN", "1")
     assert metadata["refused_message"].startswith("weights.safetensors sha256: got ")
+
+
+def test_a_server_with_a_public_key_serves_what_is_signed_and_nothing_else(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    keys, elsewhere = tmp_path_factory.mktemp("keys"), tmp_path_factory.mktemp("elsewhere")
+    for name in ("ours", "theirs"):
+        make_key_pair(keys / name, keys / f"{name}.pub")
+    ours, theirs = (Signer.from_file(keys / name) for name in ("ours", "theirs"))
+    publish(tmp_path, small_policy(), signer=ours)
+    with ServerProcess(tmp_path, "--checkpoint-public-key", str(keys / "ours.pub")) as server:
+        publish(tmp_path, small_policy(seed=2), version=2)
+        publish(tmp_path, small_policy(seed=3), version=3, signer=theirs)
+        (tmp_path / "policy" / "4").symlink_to(publish(elsewhere, small_policy(seed=4), version=4, signer=ours))
+        wait_until(lambda: len(described(server).refused) == 3, "three refusals")
+        refusals = described(server).refused
+        assert [r.version for r in refusals] == [2, 3, 4]
+        expected = ("manifest.sig cannot be read", "not the signature", "a symbolic link")
+        assert all(what in r.message for r, what in zip(refusals, expected, strict=True))
+        assert described(server).version == 1
+        assert server.metric('tenuto_versions_refused_total{reason="broken"}') == 3
+        publish(tmp_path, small_policy(seed=5), version=5, signer=ours)
+        wait_until(lambda: newest_is(server, 5), "a version that is signed")
 
 
 # ---------------------------------------------------------------------------------------------- the trainer sees it

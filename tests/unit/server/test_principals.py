@@ -14,7 +14,7 @@ from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server import tokens
 from tenuto_server.authentication import Authentication
 from tenuto_server.config import ServerConfig
-from tenuto_server.errors import ConfigurationError, Refusal, require_admin
+from tenuto_server.errors import ConfigurationError, Refusal
 from tenuto_server.principals import ANYONE, Entry, Principal, parse, to_text
 from tenuto_server.secret_files import read_file
 
@@ -216,13 +216,6 @@ def test_to_know_a_caller_again_costs_about_a_microsecond() -> None:
     authentication, context = Authentication([entry("alice", "one")]), bearing("one")
     # A bound that a busy machine keeps: hashing each time, or a lock, would not.
     assert min(timeit.repeat(lambda: authentication.principal(context), number=1000, repeat=20)) < 3e-6 * 1000
-
-
-def test_only_an_admin_may_what_takes_one() -> None:
-    require_admin(ANYONE, "to do it")
-    with pytest.raises(Refusal, match="role of an admin") as caught:
-        require_admin(Principal("alice"), "to do it")
-    assert caught.value.reason == pb.PERMISSION_DENIED
 
 
 # ------------------------------------------------------------------ where it listens

@@ -136,7 +136,7 @@ def test_redis_that_is_away_is_an_error_until_it_is_back(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("url", "what"),
     [("", "expected sqlite:PATH"), ("sqlite:", "expected sqlite:PATH"), ("postgres://x", "expected sqlite:PATH"),
-     ("redis://localhost:port", "makes no sense")],
+     ("redis://localhost:port", "expected redis://HOST:PORT/DB")],
 )  # fmt: skip
 def test_an_address_that_makes_no_sense_says_what_was_expected(url: str, what: str) -> None:
     with pytest.raises(ConfigurationError, match=what):

@@ -14,6 +14,7 @@ from ray.rllib.core import COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 import tenuto_envs
 import tiny_training
 from tenuto_models import CheckpointError, PolicyConfig, TrainingProgress, checkpoint
+from tenuto_models.signing import Verifier, make_key_pair
 from tenuto_trainer import DivergedError, TrainConfig, TrainConfigError
 from tenuto_trainer.evaluation import evaluate
 from tenuto_trainer.loop import StopSignal, _reason_to_stop
@@ -81,6 +82,17 @@ def test_untrained_policy_is_published_at_once_and_trained_ones_when_due(tmp_pat
     assert (last.training.env_steps, last.training.iteration) == (1536, 3)
     assert last.training.best_return is not None
     assert last.training.best_return >= (last.training.return_mean or 0)
+
+
+def test_with_a_key_every_version_is_signed(tmp_path: Path):
+    make_key_pair(tmp_path / "secret.pem", tmp_path / "public.pem")
+    with _algorithm(_config(tmp_path / "repository", signing_key=tmp_path / "secret.pem")) as (algorithm, publisher):
+        algorithm.train()
+        publisher.publish(algorithm)
+    verifier = Verifier.from_file(tmp_path / "public.pem")
+    found = checkpoint.versions(tmp_path / "repository" / "p")
+    assert found == [1, 2]
+    assert [checkpoint.read(tmp_path / "repository" / "p" / str(v), verifier).version for v in found] == found
 
 
 def test_better_return_is_published_before_it_is_due(tmp_path: Path):
