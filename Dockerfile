@@ -41,7 +41,7 @@ RUN python3 -m venv --without-pip /opt/venv \
         ${TORCH_INDEX:+"--extra-index-url=$TORCH_INDEX"} -r /opt/tenuto/server-${VARIANT}.lock
 COPY --chmod=0755 deploy/image/start.sh /usr/local/bin/tenuto-start
 # New volumes take the owner of the folder that they cover.
-RUN install -d -o 10001 -g 10001 /repository /logs
+RUN install -d -o 10001 -g 10001 /repository /logs /sessions
 WORKDIR /tmp
 
 FROM runtime AS server
