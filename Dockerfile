@@ -40,8 +40,9 @@ RUN python3 -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python3 install --no-cache-dir --require-hashes --only-binary :all: \
         ${TORCH_INDEX:+"--extra-index-url=$TORCH_INDEX"} -r /opt/tenuto/server-${VARIANT}.lock
 COPY --chmod=0755 deploy/image/start.sh /usr/local/bin/tenuto-start
-# New volumes take the owner of the folder that they cover.
-RUN install -d -o 10001 -g 10001 /repository /logs /sessions
+# Nothing here changes its user. New volumes take the owner of the folder that they cover.
+RUN find / -xdev -type f -perm /6000 -exec chmod a-s {} + \
+    && install -d -o 10001 -g 10001 /repository /logs /sessions
 WORKDIR /tmp
 
 FROM runtime AS server

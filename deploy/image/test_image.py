@@ -234,6 +234,7 @@ def check_hardening(service: str) -> None:
     require(status["NoNewPrivs"] == "1", f"{service}: no new privileges")
     reply = inside(service, "for f in /x /opt/x /opt/venv/x /opt/tenuto/x; do touch $f; done")
     require(reply.count("Read-only file system") == 4, f"{service}: the root file system is read-only")
+    require(not inside(service, "find / -xdev -type f -perm /6000 2>/dev/null"), f"{service}: nothing changes its user")
     limits = json.loads(run("podman", "inspect", container(service)))[0]["HostConfig"]
     require(
         limits["Memory"] > 0 and limits["PidsLimit"] > 0 and limits["NanoCpus"] + limits["CpuQuota"] > 0,

@@ -80,8 +80,9 @@ class Fleet:
 
     def let_finish(self) -> None:
         """From now on nothing will undo a step: let each environment take its last. Called from any thread."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._is_calm.set)
+        loop = self._loop
+        if loop is not None:
+            loop.call_soon_threadsafe(self._is_calm.set)
 
     async def play(self, address: str, *, is_calm: bool) -> None:
         """Play all environments at once. Where it is not calm, the last step of each is taken when it is.
@@ -102,6 +103,7 @@ class Fleet:
         try:
             await asyncio.gather(*playing)
         finally:
+            self._loop = None
             for task in playing:
                 task.cancel()
             await asyncio.gather(*playing, return_exceptions=True)

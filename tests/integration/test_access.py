@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,9 +26,10 @@ from tenuto_client import (
     RemotePolicy,
     RemoteVectorPolicy,
 )
+from tenuto_models.signing import Verifier
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server import tokens
-from tenuto_server.principals import Principal
+from tenuto_server.principals import Principal, parse
 from tenuto_server.service import PolicyService
 from wire import CODEC, failure, observations, reason
 
@@ -118,6 +123,29 @@ def bob(server: ServerProcess, tokens_file: Path) -> Caller:
 @pytest.fixture(scope="module")
 def admin(server: ServerProcess, tokens_file: Path) -> Caller:
     return named(server, tokens_file, "admin", is_admin=True)
+
+
+# ------------------------------------------------------------------ what the page says
+
+
+def test_the_documented_commands_make_tokens_and_keys_and_the_documented_file_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    blocks = re.findall(r"```sh\n(python.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for commands in blocks:
+        done = subprocess.run(
+            ["sh", "-ec", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\n{commands}'],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    entries = parse((tmp_path / "tokens.json").read_bytes())
+    assert [entry.principal for entry in entries] == [Principal("robot-7", False, 8, 400.0), Principal("ops", True)]
+    for entry, file in zip(entries, ("robot-7.token", "ops.token"), strict=True):
+        assert entry.tokens_sha256 == (tokens.digest_of((tmp_path / file).read_text().strip()),)
+    Verifier.from_file(tmp_path / "public.pem")
+    (file,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    shown = parse(file.replace("<64 hexadecimal digits>", "0" * 64).encode())
+    assert [entry.principal.name for entry in shown] == ["robot-7", "robot-8"]
 
 
 # ------------------------------------------------------------------ whose session

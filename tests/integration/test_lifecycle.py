@@ -593,13 +593,15 @@ def test_an_event_loop_that_hangs_is_seen_from_outside(repository: Path, tmp_pat
 
 def test_a_server_that_drains_since_it_has_failed_says_so(repository: Path, tmp_path: Path) -> None:
     fault = f"""
-import asyncio, pathlib, watchfiles
-async def failing(*arguments, **options):
+import asyncio, pathlib
+from tenuto_server.reload import Reloader
+async def failing(self, poll_s, stop, sound=Reloader.watch):
+    watching = asyncio.create_task(sound(self, poll_s, stop))
     while not pathlib.Path({str(tmp_path / "fail")!r}).exists():
         await asyncio.sleep(0.02)
-    raise OSError("no more watches")
-    yield
-watchfiles.awatch = failing
+    watching.cancel()
+    raise LookupError("a bug of the reloader")
+Reloader.watch = failing
 """
     with ServerProcess(repository, fault=fault) as server:
         running = session(server)
@@ -608,7 +610,7 @@ watchfiles.awatch = failing
         wait_until(lambda: server.http("/readyz") == (503, "draining\n"), "the drain")
         assert health(server) == NOT_SERVING
         server.stub.CloseSession(pb.CloseSessionRequest(session_id=running.id))
-        assert server.wait() == 1 and any("no more watches" in line for line in server.log)
+        assert server.wait() == 1 and any("a bug of the reloader" in line for line in server.log)
 
 
 def test_a_capacity_beyond_memory_is_one_line_and_the_process_waits_for_another_policy(repository: Path) -> None:

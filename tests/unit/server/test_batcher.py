@@ -12,7 +12,7 @@ import pytest
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.batch_queue import Batch, BatchQueue, Ticket, TicketState
 from tenuto_server.batcher import Batcher
-from tenuto_server.errors import Refusal
+from tenuto_server.errors import FatalError, Refusal
 
 
 class Device:
@@ -168,13 +168,15 @@ async def test_a_failing_forward_rejects_its_waiters_and_nobody_else() -> None:
     assert device.answered(later) and [b.tickets for b in device.committed] == [[later]]
 
 
-async def test_a_commit_that_raises_ends_the_computing_and_leaves_no_waiter_hanging() -> None:
-    device = Device()
+async def test_a_commit_that_raises_is_fatal_leaves_no_waiter_hanging_and_lets_nothing_run_after_it() -> None:
+    device, outcomes = Device(), list[BaseException | None]()
+    device.batcher.on_outcome = outcomes.append
     device.commit_error = RuntimeError("a fault of ours")
     broken, later = device.submit(), device.submit()
     device.finish()
+    assert [type(outcome) for outcome in outcomes] == [FatalError]
     assert reason(broken) == pb.COMPUTE_FAILED and reason(later) == pb.DRAINING
-    assert device.told == [broken, later] and len(device.started) == 1
+    assert [b.tickets for b in device.started] == [[broken]], "a step ran on state that may be torn"
 
 
 async def test_a_full_batch_overtakes_one_that_waits_for_company() -> None:
