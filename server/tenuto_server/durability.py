@@ -258,7 +258,7 @@ class Durability:
     async def fetch(self, session_ids: Iterable[int]) -> None:
         """Go on with those of some sessions that are in a shared store, and further there than here.
 
-        Raises Refusal (STORE_UNAVAILABLE) where the store does not answer, or one of them is still to be restored.
+        Raises Refusal (STORE_UNAVAILABLE) where the store does not answer, or one of them cannot be restored yet.
         """
         if not self.is_shared:
             if not self._waiting.isdisjoint(session_ids):
@@ -276,6 +276,9 @@ class Durability:
                     log.error("sessions cannot be looked for: %s", error)
                     raise Refusal(pb.STORE_UNAVAILABLE, "the store of sessions does not answer") from error
                 for stored in found:
+                    if not self._is_served(stored):
+                        # It has just started: who waits a moment goes on.
+                        raise Refusal(pb.STORE_UNAVAILABLE, "the policy of the session is not served yet")
                     if self._is_news(stored):
                         await self._restore(stored)
         finally:
