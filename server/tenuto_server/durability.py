@@ -123,7 +123,8 @@ class Durability:
         self._refused: set[int] = set()
         """Sessions in the store that this server cannot go on with."""
         self._one_at_a_time = asyncio.Lock()
-        self._fetching: dict[int, asyncio.Future[None]] = {}
+        self._fetching: dict[int, asyncio.Future[bool]] = {}
+        """Sessions that are looked for in a shared store; whether that came to an end."""
         self._num_failures = 0
         self.saved_s = clock()
         """When the store last held all that there was."""
@@ -264,10 +265,12 @@ class Durability:
             if not self._waiting.isdisjoint(session_ids):
                 raise Refusal(pb.STORE_UNAVAILABLE, "the session is about to be restored")
             return
-        mine = [i for i in session_ids if i not in self._fetching]
-        others = [self._fetching[i] for i in session_ids if i in self._fetching]
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        wanted = dict.fromkeys(session_ids)
+        mine = [i for i in wanted if i not in self._fetching]
+        others = {i: self._fetching[i] for i in wanted if i in self._fetching}
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._fetching.update(dict.fromkeys(mine, done))
+        is_looked_for = False
         try:
             if mine:
                 try:
@@ -281,12 +284,16 @@ class Durability:
                         raise Refusal(pb.STORE_UNAVAILABLE, "the policy of the session is not served yet")
                     if self._is_news(stored):
                         await self._restore(stored)
+            is_looked_for = True
         finally:
             for session_id in mine:
                 del self._fetching[session_id]
-            done.set_result(None)
+            done.set_result(is_looked_for)
         if others:
-            await asyncio.wait(others)
+            await asyncio.wait(others.values())
+            # Whoever looked for them has perhaps failed, or left.
+            if left := [i for i, looked_for in others.items() if not looked_for.result()]:
+                await self.fetch(left)
 
     def _is_news(self, stored: StoredSession) -> bool:
         """Whether the store is further than this server, whose copy is then dropped."""

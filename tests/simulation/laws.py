@@ -86,11 +86,21 @@ class Laws:
 
     # ------------------------------------------------------------------ what servers do
 
-    def batch(self, rows: Any, spare: int) -> None:
+    def batch(self, process: Any, rows: Any) -> None:
         """Each batch, before it runs."""
-        slots = rows.slots[rows.slots != spare]
-        if len(set(slots.tolist())) != len(slots):
-            self.broken(SLOT, f"slots {rows.slots.tolist()}")
+        slots = rows.slots.tolist()
+        if len(set(slots)) != len(slots):
+            self.broken(SLOT, f"slots {slots}")
+        for session_id, index in zip(rows.session_ids.tolist(), rows.step_indices.tolist(), strict=True):
+            before = process.applied.get(session_id)
+            if before is not None and index != before + 1 and not (self.world.is_shared and index > before):
+                what = f"session {session_id} at {process.name}"
+                self.broken(ORDER, f"{what}: step {index} runs after step {before} was applied")
+
+    def applied(self, process: Any, rows: Any, finite: Any) -> None:
+        """Each batch, after its state is in the arena."""
+        for session_id, index in zip(rows.session_ids[finite].tolist(), rows.step_indices[finite].tolist(), strict=True):
+            process.applied[session_id] = index
 
     def replied(self, process: Any, method: str, request: Any, response: Any) -> None:
         """Each answer that a server gives."""
@@ -127,10 +137,7 @@ class Laws:
             self.require(same, REPEAT, f"{what}: got {version, action, times}, first {known[index]}")
         elif known:
             last = max(known)
-            if not world.is_shared:
-                self.require(index == last + 1, ORDER, f"{what} comes after step {last}")
-            else:
-                self.require(index > last, ORDER, f"{what} comes after step {last}")
+            self.require(index > last, ORDER, f"{what} comes after step {last}")
             if len(known) > 3:
                 del known[min(known)]
         if world.is_durable and durable:

@@ -22,8 +22,6 @@ from tenuto_proto.v1 import policy_pb2 as pb
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
 _METHODS = {m.name: m for m in pb.DESCRIPTOR.services_by_name["PolicyService"].methods}
 _NOTHING = contextvars.Context()
-_IN_FLIGHT = 16
-"""Messages that one direction of a stream holds."""
 
 
 @cache
@@ -253,18 +251,18 @@ class Pipe:
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._messages: deque[Any] = deque()
+        self._on_way: deque[bytes] = deque()
+        self._messages: deque[bytes] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._last_s = 0.0
-        self.num_on_way = 0
         self.end: Any = None
         """What comes after the messages: EOF or an error."""
 
     def send(self, data: bytes) -> None:
         network = self._network
         self._last_s = max(self._last_s, network.loop.now_s + network.delay())
-        self.num_on_way += 1
-        network.loop.call_at(self._last_s, self._arrive, data, context=_NOTHING)
+        self._on_way.append(data)
+        network.loop.call_at(self._last_s, self._arrive, context=_NOTHING)
 
     def finish(self, end: Any) -> None:
         """Let nothing more come: what has arrived is still read, what is on its way is lost."""
@@ -272,7 +270,8 @@ class Pipe:
             self.end = end
             self._wake()
 
-    def _arrive(self, data: bytes) -> None:
+    def _arrive(self) -> None:
+        data = self._on_way.popleft()
         if self.end is None:
             self._messages.append(data)
             self._wake()
@@ -287,7 +286,6 @@ class Pipe:
             self._waiting = self._network.loop.create_future()
             await self._waiting
         if self._messages:
-            self.num_on_way -= 1
             return self._messages.popleft()
         return self.end
 

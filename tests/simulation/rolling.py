@@ -15,6 +15,7 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from simulation.loop import PROCESS
 from tenuto_models.memory import TensorSpec, state_fingerprint
 from tenuto_server.arena import StateArena
 from tenuto_server.step import StepResults, StepRows
@@ -100,7 +101,10 @@ class RollingStep:
 
     def advance(self, rows: StepRows) -> StepResults:
         n, world = len(rows), self._world
-        world.laws.batch(rows, self._arena.spare)
+        process = PROCESS.get()
+        is_real = n > 1 or int(rows.slots[0]) != self._arena.spare
+        if is_real:
+            world.laws.batch(process, rows)
         slots = torch.from_numpy(rows.slots)
         state = self._arena.gather(slots, torch.from_numpy(rows.episode_starts))
         memory = state[self._layout].numpy().reshape(n).view(np.uint64)
@@ -109,13 +113,13 @@ class RollingStep:
         mode = rows.deterministic + np.uint64(2 * self._weights.number)
         where = rows.seeds * _U[_B] + rows.step_indices * _U[_C] + mode * _U[_D]
         after = _mix_columns(_mix_columns(memory + seen * _U[_A]) + where)
-        is_real = len(slots) > 1 or int(rows.slots[0]) != self._arena.spare
         finite = world.finite_rows(n) if is_real else np.ones(n, np.bool_)
         if is_real:
             world.failpoint("before_scatter")
         new = {self._layout: torch.from_numpy(after.view(np.int64)).unsqueeze(1), "t": state["t"] + 1}
         self._arena.scatter(slots, new, torch.from_numpy(finite))
         if is_real:
+            world.laws.applied(process, rows, finite)
             world.failpoint("after_scatter")
         values = ((after >> np.uint64(20)) & np.uint64(0xFFFF)).astype(np.float32)
         return StepResults(

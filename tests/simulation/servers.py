@@ -72,6 +72,9 @@ class VirtualEngine(Engine):
         self._num_under_way = 0
         self._waiting: deque[tuple[Any, Any]] = deque()
         self._is_running = False
+        self._over: deque[tuple[Any, Any, Any]] = deque()
+        """Jobs that the loop is about to hear of, in order."""
+        self._told_s = 0.0
         self._loop: Any = asyncio.get_running_loop()
         self._world = self._loop.world
         self._process = PROCESS.get()
@@ -96,11 +99,14 @@ class VirtualEngine(Engine):
         result, error = engine_module._outcome(job)
         if self._process is not None and self._process.is_dead:
             return
-        self._loop.call_later(self._world.handover_s(), self._settle, done, result, error)
+        self._over.append((done, result, error))
+        self._told_s = max(self._told_s, self._loop.now_s + self._world.handover_s())
+        self._loop.call_at(self._told_s, self._settle)
         self._is_running = False
         self._begin()
 
-    def _settle(self, done: Any, result: Any, error: BaseException | None) -> None:
+    def _settle(self) -> None:
+        done, result, error = self._over.popleft()
         self._num_under_way -= 1
         done(result, error)
 
@@ -131,6 +137,8 @@ class ServerProcess(Process):
         self.server: SimulatedServer | None = None
         self.calls: dict[Any, None] = {}
         """Under way here."""
+        self.applied: dict[int, int] = {}
+        """Session -> the last of its steps whose state was stored here."""
         self.replies: dict[int, dict[int, Any]] = {}
         """What the laws remember of the last steps that were answered here: session -> index -> reply."""
 
