@@ -38,16 +38,18 @@ _OUTPUTS = frozenset({"value"})
 class SimulatedPolicy(AsyncRemotePolicy):
     """The public client, with the simulated clock and chance."""
 
-    def __init__(self, address: str, options: PolicyOptions, *, stream: bool) -> None:
-        super().__init__(address, transport="stream" if stream else "unary")
+    def __init__(self, address: str, options: PolicyOptions, *, stream: bool, token: str | None) -> None:
+        super().__init__(address, transport="stream" if stream else "unary", token=token)
         self.session = self._session = Session(options)
 
 
 class SimulatedVectorPolicy(AsyncRemoteVectorPolicy):
     """As SimulatedPolicy."""
 
-    def __init__(self, address: str, num_envs: int, options: PolicyOptions, *, stream: bool) -> None:
-        super().__init__(address, num_envs, transport="stream" if stream else "batch")
+    def __init__(
+        self, address: str, num_envs: int, options: PolicyOptions, *, stream: bool, token: str | None
+    ) -> None:
+        super().__init__(address, num_envs, transport="stream" if stream else "batch", token=token)
         self.rows = self._rows = SessionRows(options, num_envs)
 
 
@@ -57,7 +59,10 @@ class Client:
     def __init__(self, world: Any, name: str) -> None:
         self.world, self.name, self.is_last = world, name, False
         self.rng: random.Random = world.rng_of(name)
-        self.address = self.rng.choice(world.hosts).address
+        self.address = world.address(self.rng)
+        self.principal = "prober" if "Prober" in name else "robots"
+        self.token = world.tokens.get(self.principal)
+        self.num_sessions = 1
 
     def options(self, **options: Any) -> PolicyOptions:
         rng = random.Random(self.rng.getrandbits(64))
@@ -92,7 +97,8 @@ class OneEnv(Client):
         super().__init__(world, name)
         seed = self.rng.getrandbits(32) if self.rng.random() < 0.3 else None
         self._greedy = self.rng.random() < 0.2
-        self.policy = SimulatedPolicy(self.address, self.options(seed=seed, deterministic=self._greedy), stream=stream)
+        options = self.options(seed=seed, deterministic=self._greedy)
+        self.policy = SimulatedPolicy(self.address, options, stream=stream, token=self.token)
         self._seed = seed
         self._chain: Chain | None = None
         self._unsettled: tuple[int, int] | None = None
@@ -180,8 +186,8 @@ class ManyEnvs(Client):
 
     def __init__(self, world: Any, name: str, *, stream: bool) -> None:
         super().__init__(world, name)
-        self._n = self.rng.randint(2, 8)
-        self.policy = SimulatedVectorPolicy(self.address, self._n, self.options(), stream=stream)
+        self._n = self.num_sessions = self.rng.randint(2, 12)
+        self.policy = SimulatedVectorPolicy(self.address, self._n, self.options(), stream=stream, token=self.token)
         self._chains: list[Chain | None] = [None] * self._n
 
     def chains(self) -> Iterable[Chain]:
@@ -251,10 +257,3 @@ class ManyEnvs(Client):
         await self.policy.close()
 
 
-def draw(world: Any, rng: random.Random) -> list[Client]:
-    """The clients of a run."""
-    found: list[Client] = []
-    for number in range(rng.randint(1, 5)):
-        kind = rng.choice((OneEnv, OneEnv, ManyEnvs))
-        found.append(kind(world, f"{kind.__name__} {number}", stream=rng.random() < 0.5))
-    return found

@@ -46,7 +46,8 @@ class Chain:
     seed: int
     greedy: bool = False
     pinned: int = 0
-    opened_s: float = 0.0
+    last_s: float = 0.0
+    """When a step of it was last answered."""
     num_downs: int = 0
     """Of servers, when it was opened."""
     index: int = 0
@@ -194,7 +195,7 @@ class Laws:
         if not left:
             expected = [action_of(m) for m in chain.memories.values()]
             self.broken(SAME, f"{what}: action {action}, expected {expected}")
-        chain.memories = left
+        chain.memories, chain.last_s = left, world.loop.now_s
         if value is not None and left:
             self.require(value in {value_of(m) for m in left.values()}, SAME, f"{what}: value {value}")
         if durable is not None:

@@ -20,6 +20,8 @@ from simulation.loop import Process
 from tenuto_proto.v1 import policy_pb2 as pb
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
+BALANCER = "balancer:1"
+"""The address in front of servers that share a store."""
 _METHODS = {m.name: m for m in pb.DESCRIPTOR.services_by_name["PolicyService"].methods}
 _NOTHING = contextvars.Context()
 
@@ -67,9 +69,21 @@ class Network:
             return True
         return False
 
-    def server(self, address: str) -> Any:
-        """The process that listens at an address."""
-        return None if address in self.cut_off else self.world.server_at(address)
+    def server(self, channel: Channel) -> Any:
+        """The process that a channel reaches now. The balancer stays with one as long as that listens."""
+        if channel.address != BALANCER:
+            return self._listening(channel.address)
+        process = self._listening(channel.host)
+        if process is None:
+            up = [host.address for host in self.world.hosts if self._listening(host.address) is not None]
+            if up:
+                channel.host = self.rng.choice(up)
+                process = self._listening(channel.host)
+        return process
+
+    def _listening(self, address: str) -> Any:
+        process = None if address in self.cut_off else self.world.server_at(address)
+        return process if process is not None and process.is_listening else None
 
     def crashed(self, process: Any) -> None:
         """Its connections break; sometimes nobody says so."""
@@ -90,6 +104,8 @@ class Channel:
 
     def __init__(self, network: Network, address: str) -> None:
         self.network, self.address = network, address
+        self.host = address
+        """Where the balancer sends it."""
         self.calls: dict[Any, None] = {}
         self.is_closed = False
 
@@ -199,8 +215,8 @@ class UnaryCall:
             task.cancel()
 
     def _arrive(self, is_copy: bool) -> None:
-        process = self.network.server(self.channel.address)
-        if process is None or not process.is_listening:
+        process = self.network.server(self.channel)
+        if process is None:
             if not is_copy:
                 self.network.later(self.network.delay(), self.fail, "connection refused")
             return
@@ -336,8 +352,8 @@ class StreamCall:
             self._task.cancel()
 
     def _arrive(self) -> None:
-        process = self.network.server(self.channel.address)
-        if process is None or not process.is_listening or self.is_left:
+        process = self.network.server(self.channel)
+        if process is None or self.is_left:
             self.network.later(self.network.delay(), self.fail, "connection refused")
             return
         process.calls[self] = None

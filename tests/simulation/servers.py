@@ -156,8 +156,10 @@ class ServerProcess(Process):
 class Host:
     """Starts one process after another."""
 
-    def __init__(self, world: Any, address: str, config: ServerConfig) -> None:
-        self.world, self.address, self.config = world, address, config
+    config: ServerConfig
+
+    def __init__(self, world: Any, address: str) -> None:
+        self.world, self.address = world, address
         self.process: ServerProcess | None = None
         self.num_started = 0
 

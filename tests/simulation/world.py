@@ -21,12 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from simulation import clients, laws, servers
+from simulation import laws, servers
+from simulation.clients import Client, ManyEnvs, OneEnv
 from simulation.disk import Disk, FileDisk
 from simulation.laws import BrokenLawError, Chain, Laws
 from simulation.loop import PROCESS, Crash, StuckError, VirtualLoop
-from simulation.network import Network
+from simulation.network import BALANCER, Network
+from simulation.prober import Prober
 from simulation.rolling import Weights
+from tenuto_client.errors import SessionExpiredError
+from tenuto_server.principals import Entry, Principal, to_text
 
 FAILPOINTS = ("before_scatter", "after_scatter", "before_snapshot_commit", "after_snapshot_commit",
               "between_reply_and_ack")  # fmt: skip
@@ -80,13 +84,12 @@ class World:
 
     def _draw(self, store: str) -> None:
         """Draw what holds for the whole run."""
+        memory = Path("/dev/shm")
+        self._folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
         rng = self.rng_of("world")
         self.store = store or rng.choices(list(STORES), list(STORES.values()))[0]
         self.is_durable, self.is_shared = self.store != "none", self.store.startswith("shared")
-        self._folder: Path | None = None
         if "file" in self.store:
-            memory = Path("/dev/shm")
-            self._folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
             self.disk: Disk = FileDisk(self, self._folder / "sessions.db", is_shared=self.is_shared)
         else:
             self.disk = Disk(self, is_shared=self.is_shared)
@@ -98,9 +101,17 @@ class World:
         self.failure_rate = rng.choice((0.0, 0.0, 0.01))
         num_hosts = 2 if self.is_shared else 1
         max_batch = rng.choice((2, 8, 64))
+        self.hosts = [servers.Host(self, f"host-{i}:1") for i in range(num_hosts)]
+        self.tokens = {"robots": "robots-token", "prober": "prober-token"} if rng.random() < 0.6 else {}
+        self.idle_timeout_s = rng.choice((300.0, 300.0, 10.0))
+        self.clients = self._draw_clients(rng)
+        num_sessions = sum(client.num_sessions for client in self.clients)
         config = servers.config(
-            Path("/nowhere"),
-            capacity=rng.choice((24, 64, 256)),
+            self._folder,
+            tokens=self._write_tokens(rng),
+            # Lost sessions keep their slots until they are idle for too long.
+            capacity=num_sessions + (rng.choice((2, 30)) if self.idle_timeout_s < 60 else 200),
+            idle_timeout_s=self.idle_timeout_s,
             max_batch=max_batch,
             max_wait_ms=rng.choice((0.0, 0.0, 2.0)),
             max_queued=max(max_batch, rng.choice((16, 1024))),
@@ -111,13 +122,36 @@ class World:
             drain_timeout_s=rng.choice((0.5, 5.0)),
             poll_s=1.0,
         )
-        self.config = config
-        self.hosts = [servers.Host(self, f"host-{i}:1", config) for i in range(num_hosts)]
+        for host in self.hosts:
+            host.config = config
         self.network.delay_s = rng.choice((1e-4, 1e-3))
         self.fault_rate = rng.choice((0.0, 0.01, 0.05))
         self.pause_s = rng.choice((0.1, 0.3, 1.0))
         """Between two acts of the nemesis."""
-        self.clients = clients.draw(self, rng)
+
+    def _draw_clients(self, rng: random.Random) -> list[Client]:
+        found: list[Client] = []
+        for number in range(rng.randint(1, 5)):
+            kind = rng.choice((OneEnv, OneEnv, ManyEnvs, ManyEnvs, Prober))
+            name = f"{kind.__name__} {number}"
+            found.append(Prober(self, name) if kind is Prober else kind(self, name, stream=rng.random() < 0.5))
+        return found
+
+    def _write_tokens(self, rng: random.Random) -> Path | None:
+        if not self.tokens:
+            return None
+        entries: list[Entry] = []
+        for name, token in self.tokens.items():
+            rate = rng.choice((None, None, 100.0)) if name == "prober" else None
+            entries.append(Entry(Principal(name, False, None, rate), (hashlib.sha256(token.encode()).hexdigest(),)))
+        path = self._folder / "tokens.json"
+        path.write_text(to_text(entries))
+        path.chmod(0o600)
+        return path
+
+    def address(self, rng: random.Random) -> str:
+        """Where a client connects to."""
+        return BALANCER if self.is_shared and rng.random() < 0.7 else rng.choice(self.hosts).address
 
     # ------------------------------------------------------------------ what the parts ask
 
@@ -197,6 +231,8 @@ class World:
 
     def may_lose(self, chain: Chain, error: Any) -> bool:
         """Whether a session may be gone."""
+        if isinstance(error, SessionExpiredError) or getattr(error, "reason", "") == "SESSION_EXPIRED":
+            return self.loop.now_s - chain.last_s > self.idle_timeout_s - 1.0
         if not self.is_durable:
             return self.num_downs > chain.num_downs
         if error is None and (self.failure_rate or self._not_finite):
@@ -226,8 +262,7 @@ class World:
                 self.loop.end()
         finally:
             self.disk.close()
-            if self._folder is not None:
-                shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder)
         return Result(
             self.seed, self.num_steps, self.num_answers, self.loop.now_s - 1000.0, self._hash.hexdigest(), self.counts,
             self.laws.error, [repr(event) for event in self._events],
@@ -341,7 +376,7 @@ class World:
         network.loss = network.reply_loss = network.double = network.slow = self.fault_rate
         acts = {
             self._arm: 8, self._crash: 2, self._drain: 2, self._cut: 3, self._cut_off: 1, self._fill_disk: 1,
-            self._publish: 2, self._storm: 1,
+            self._publish: 2, self._storm: 1, self._balance: 3,
         }  # fmt: skip
         while True:
             # Somebody shall get on in between.
@@ -369,6 +404,16 @@ class World:
         if self.network.channels:
             self.count("connection cut")
             self.network.cut(rng.choice(self.network.channels))
+
+    def _balance(self, rng: random.Random) -> None:
+        """Somebody's connection goes to another server from now on."""
+        balanced = [c for c in self.network.channels if c.address == BALANCER]
+        if balanced:
+            self.count("rebalanced")
+            channel = rng.choice(balanced)
+            channel.host = rng.choice(self.hosts).address
+            if rng.random() < 0.5:
+                self.network.cut(channel)
 
     def _cut_off(self, rng: random.Random) -> None:
         address = rng.choice(self.hosts).address
