@@ -6,6 +6,7 @@ It is written from policy.proto alone, so that the production client is not what
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +51,8 @@ class Prober(Client):
         self._channel: Any = None
         self._stub: Any = None
         self._chain: Chain | None = None
+        self._plan: deque[tuple[tuple[int, int], bool]] = deque()
+        """The next steps, where they are known already."""
         self._sent: list[tuple[tuple[int, int], bool, pb.StepResponse]] = []
         """All steps of the session, and their replies."""
 
@@ -125,7 +128,8 @@ class Prober(Client):
             ids = self.rng.getrandbits(63) + 1, self.rng.getrandbits(60)
             self._chain, self._sent = Chain(*ids, self.rng.random() < 0.5, num_downs=num_downs), []
             await self._open(self._chain)
-        chain, seen, begins = self._chain, self.seen(), self.begins()
+        chain = self._chain
+        seen, begins = self._plan.popleft() if self._plan else (self.seen(), self.begins())
         since_s = self.world.loop.now_s
         while True:
             try:
@@ -163,6 +167,10 @@ class Prober(Client):
         elif refused.reason == "SESSION_EXPIRED":
             world.laws.lost(chain, refused)
             return False
+        elif refused.reason == "SESSION_EXPORTED":
+            # A request to export it came late.
+            await self._thaw(chain)
+            return True
         if not 0 <= expected < max(chain.index, 1):
             if "overtaken" not in refused.details:
                 self._wrong(laws.ORDER, f"session {chain.session_id} at step {chain.index}: {refused}")
@@ -207,8 +215,12 @@ class Prober(Client):
         chain = self._chain
         if chain is None:
             return
-        index = chain.index + self.rng.choice((1, 1, 2, 100, 2**62))
-        await self._must_fail("Step", _request(chain.session_id, index, self.seen(), self.rng.random() < 0.5))
+        # It may arrive late, so a near one is what will be sent anyway.
+        while len(self._plan) < 3:
+            self._plan.append((self.seen(), self.begins()))
+        ahead = self.rng.choice((1, 2, 10**6, 2**62))
+        seen, begins = self._plan[ahead] if ahead < 3 else (self.seen(), True)
+        await self._must_fail("Step", _request(chain.session_id, chain.index + ahead, seen, begins))
 
     async def _must_fail(self, method: str, request: Any, law: str = laws.REFUSED, allowed: Any = None) -> None:
         try:
@@ -325,16 +337,17 @@ class Prober(Client):
                 self._wrong(laws.ERROR, f"ExportSession: {refused}")
             if refused.reason:
                 return
-            # Perhaps it was exported, and nobody heard of it.
-            try:
-                taken = await self._insist("ExportSession", pb.ExportSessionRequest(session_id=chain.session_id))
-            except Refused:
-                return
+        await self._thaw(chain)
+
+    async def _thaw(self, chain: Chain) -> None:
+        """Go on with a session that was exported, or perhaps was."""
         try:
+            taken = await self._insist("ExportSession", pb.ExportSessionRequest(session_id=chain.session_id))
             await self._insist("ImportSession", pb.ImportSessionRequest(snapshot=taken.snapshot))
         except Refused as refused:
-            if refused.reason not in ("SESSION_EXISTS", "SNAPSHOT_MISMATCH"):
-                self._wrong(laws.ERROR, f"ImportSession: {refused}")
+            # A server that was restarted has forgotten the export, or the session: the next step tells.
+            if refused.reason not in ("SESSION_EXISTS", "SNAPSHOT_MISMATCH", "SESSION_UNKNOWN", "SESSION_EXPIRED"):
+                self._wrong(laws.ERROR, f"{chain.session_id}: {refused}")
 
     async def _close(self) -> None:
         chain, self._chain = self._chain, None
