@@ -138,7 +138,7 @@ class OneEnv(Client):
             self._chain = None
         if self._chain is None:
             seed = session_id if self._seed is None else self._seed
-            self._chain = Chain(session_id, seed, self._greedy, num_downs=num_downs)
+            self._chain = Chain(session_id, seed, self._greedy, num_downs=num_downs, born_s=since_s)
             self._unsettled = None
         chain = self._chain
         self._settle(chain, result.step_index)
@@ -245,7 +245,7 @@ class ManyEnvs(Client):
             self.world.laws.lost(chain, None, "replaced at an episode's start")
             chain = None
         if chain is None:
-            chain = self._chains[row] = Chain(session_id, session_id, num_downs=num_downs)
+            chain = self._chains[row] = Chain(session_id, session_id, num_downs=num_downs, born_s=since_s)
         self.world.laws.stepped(
             chain, seen, begins, since_s, index=int(result.step_indices[row]), version=int(result.versions[row]),
             action=int(result.actions[row]), value=float(result.values[row]),

@@ -46,6 +46,8 @@ class Chain:
     seed: int
     greedy: bool = False
     pinned: int = 0
+    born_s: float = 0.0
+    """When its first step was sent."""
     last_s: float = 0.0
     """When a step of it was last answered."""
     num_downs: int = 0
@@ -149,7 +151,7 @@ class Laws:
 
     def refused(self, process: Any, method: str, request: Any, trailing: Any) -> None:
         """Each refusal of a unary call."""
-        self.world.trace("refused", process.name, method)
+        self.world.trace("refused", process.name, method, reason_of(trailing))
 
     def stopped(self, process: Any, methods: list[str]) -> None:
         """A server that has stopped has answered everybody."""

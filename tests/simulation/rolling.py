@@ -36,6 +36,11 @@ class Weights:
     """Name of its memory: another one makes another fingerprint."""
 
     @property
+    def code(self) -> int:
+        """What tells it from all others."""
+        return 2 * self.number + (self.layout != "h")
+
+    @property
     def sha256(self) -> str:
         """As a checkpoint's."""
         return f"{self.number:064x}"
@@ -63,7 +68,7 @@ def observe(first: int, second: int) -> NDArray[np.float32]:
 def advance(memory: int, observation: tuple[int, int], seed: int, index: int, weights: Weights, greedy: bool) -> int:
     """The memory after a step."""
     seen = (observation[0] * 2**20 + observation[1]) & _MASK
-    where = (seed * _B + index * _C + (2 * weights.number + greedy) * _D) & _MASK
+    where = (seed * _B + index * _C + (2 * weights.code + greedy) * _D) & _MASK
     return _mix((_mix((memory + seen * _A) & _MASK) + where) & _MASK)
 
 
@@ -110,7 +115,7 @@ class RollingStep:
         memory = state[self._layout].numpy().reshape(n).view(np.uint64)
         seen = rows.observations.astype(np.int64).view(np.uint64)
         seen = seen[:, 0] * np.uint64(2**20) + seen[:, 1]
-        mode = rows.deterministic + np.uint64(2 * self._weights.number)
+        mode = rows.deterministic + np.uint64(2 * self._weights.code)
         where = rows.seeds * _U[_B] + rows.step_indices * _U[_C] + mode * _U[_D]
         after = _mix_columns(_mix_columns(memory + seen * _U[_A]) + where)
         finite = world.finite_rows(n) if is_real else np.ones(n, np.bool_)

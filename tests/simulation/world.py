@@ -76,6 +76,8 @@ class World:
         self.network = Network(self)
         self.repository = servers.Repository(self.loop.time)
         self.closed_ids: set[int] = set()
+        self._swapped_s = -1.0
+        """When what had been published was last replaced by something else."""
         self._armed: dict[str, int] = {}
         """Failpoints that crash whoever passes them, after so many others."""
         self._engine_rng, self._thread_rng = self.rng_of("engine"), self.rng_of("threads")
@@ -125,6 +127,7 @@ class World:
         for host in self.hosts:
             host.config = config
         self.network.delay_s = rng.choice((1e-4, 1e-3))
+        self._swaps = self.is_durable and rng.random() < 0.25
         self.fault_rate = rng.choice((0.0, 0.01, 0.05))
         self.pause_s = rng.choice((0.1, 0.3, 1.0))
         """Between two acts of the nemesis."""
@@ -238,7 +241,7 @@ class World:
         if error is None and (self.failure_rate or self._not_finite):
             # An episode begins elsewhere where a replay of the one before it could not be computed.
             return True
-        return chain.session_id in self.disk.torn
+        return chain.session_id in self.disk.torn or chain.born_s <= self._swapped_s
 
     def _on_exception(self, loop: Any, context: dict[str, Any]) -> None:
         error = context.get("exception")
@@ -376,7 +379,8 @@ class World:
         network.loss = network.reply_loss = network.double = network.slow = self.fault_rate
         acts = {
             self._arm: 8, self._crash: 2, self._drain: 2, self._cut: 3, self._cut_off: 1, self._fill_disk: 1,
-            self._publish: 2, self._storm: 1, self._balance: 3,
+            self._publish: 2, self._storm: 1, self._balance: 4 if self.is_shared else 0,
+            self._swap: 1 if self._swaps else 0,
         }  # fmt: skip
         while True:
             # Somebody shall get on in between.
@@ -430,6 +434,17 @@ class World:
         version = self.repository.newest + 1
         self.count("version published")
         self.repository.publish(version, Weights(version))
+
+    def _swap(self, rng: random.Random) -> None:
+        """Replace every version by another one of its number, while nobody runs."""
+        for host in self.hosts:
+            host.crash("swap")
+        self._swapped_s = self.loop.now_s
+        has_other_layout = rng.random() < 0.5
+        self.count("other memory published" if has_other_layout else "other weights published")
+        for version, weights in list(self.repository.versions.items()):
+            other = Weights(weights.number, weights.layout + "'") if has_other_layout else Weights(weights.number + 1000)
+            self.repository.publish(version, other)
 
     def _storm(self, rng: random.Random) -> None:
         """A bad minute of the network."""
