@@ -301,7 +301,12 @@ class Durability:
         if policy is None:
             return True
         if stored.session_id not in policy.sessions:
-            return False
+            expired = policy.sessions.expired(stored.session_id)
+            if expired is None or expired.num_steps >= stored.num_steps:
+                return False
+            # It was idle here only: another server went on with it.
+            policy.sessions.revive(stored.session_id)
+            return True
         slot = policy.sessions.slot_of(stored.session_id)
         if policy.sessions.busy[slot] or policy.sessions.next_index[slot] >= stored.num_steps:
             return False

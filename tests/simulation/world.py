@@ -41,7 +41,7 @@ _MAX_TURNS = 400
 _PATIENCE_S = 120.0
 """Virtual seconds in which everybody gets on once the faults have stopped."""
 _KEPT_EVENTS = 400
-NUM_STEPS = 1000
+NUM_STEPS = 600
 """Of a run, all clients together."""
 
 
