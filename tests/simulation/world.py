@@ -339,9 +339,13 @@ class World:
                 self.laws.require(
                     there == chain.index, laws.SAVED, f"session {chain.session_id}: {there} steps, of {chain.index}"
                 )
+        closed = [chain.session_id for client in self.clients for chain in client.chains()]
         for client in self.clients:
             await client.close()
         await asyncio.sleep(2.0)
+        if self.is_durable and not self.is_shared:
+            kept = [i for i in closed if self.disk.num_steps(i) >= 0]
+            self.laws.require(not kept, laws.SAVED, f"sessions {kept} are closed, and still in the store")
 
     async def _stop(self) -> None:
         self.is_over = True
