@@ -189,6 +189,9 @@ class DurableSession:
     def _undone_from(self, error: StepIndexError, cursor: int, step_index: int) -> int:
         """Return the index that the server expects where that is one that can be sent; else raise."""
         expected = error.expected
+        if self._maybe_applied and cursor < step_index and expected == step_index + 1:
+            # Meanwhile another server has stored the session with this step.
+            expected = step_index
         if expected is None or expected > step_index or expected == cursor:
             raise error
         self.is_behind = True

@@ -160,8 +160,10 @@ class DurableRows:
         is_stuck = error.outcome_unknown or bool(self._is_behind[row])
         return isinstance(error, SessionGoneError) or (is_stuck and not waits_out(error))
 
-    def refused(self, row: int, error: TenutoError, deadline: Deadline) -> tuple[TenutoError, bool]:
-        """Note a refusal that steps which are sent again may mend.
+    def refused(
+        self, row: int, error: TenutoError, deadline: Deadline, maybe_applied: bool
+    ) -> tuple[TenutoError, bool]:
+        """Note a refusal that steps which are sent again may mend. ``maybe_applied``: whether the row's step is perhaps.
 
         Returns the error, should it not be mended in time, and whether to try it; then at once, unless the row is
         :meth:`stalled`.
@@ -170,6 +172,9 @@ class DurableRows:
         cursor = int(self._cursors[row]) if self._is_behind[row] else step_index
         if isinstance(error, StepIndexError):
             expected = error.expected
+            if maybe_applied and cursor < step_index and expected == step_index + 1:
+                # Meanwhile another server has stored the session with this step.
+                expected = step_index
             if expected is None or expected > step_index or expected == cursor:
                 return error, False
             self._is_behind[row] = True

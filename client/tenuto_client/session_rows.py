@@ -215,7 +215,7 @@ class SessionRows:
             for row, error in failed.items():
                 if self._waits_out(row, error):
                     retry.append(row)
-                elif self._is_undone(row, failed, late, deadline):
+                elif self._is_undone(row, failed, late, deadline, bool(ambiguous[row])):
                     assert self._durable is not None
                     (retry if self._durable.is_stalled(row) else again).append(row)
                 elif self._needs_new_session(row, failed[row]) and batch.starts[row] and row not in replaced:
@@ -251,13 +251,13 @@ class SessionRows:
         """Whether a row's step may succeed when it is sent again."""
         return is_transient(error) if self._durable is None else self._durable.waits_out(row, error)
 
-    def _is_undone(self, row: int, failed: Errors, late: Errors, deadline: Deadline) -> bool:
+    def _is_undone(self, row: int, failed: Errors, late: Errors, deadline: Deadline, maybe_applied: bool) -> bool:
         """Whether steps that are sent again may mend a row's failure; ``late`` then holds what it is if they are not in
         time. If not, ``failed`` holds what it is.
         """
         if self._durable is None or not self._open_rows.durable[row]:
             return False
-        error, is_undone = self._durable.refused(row, failed[row], deadline)
+        error, is_undone = self._durable.refused(row, failed[row], deadline, maybe_applied)
         (late if is_undone else failed)[row] = error
         return is_undone
 

@@ -123,7 +123,8 @@ class Durability:
         self._refused: set[int] = set()
         """Sessions in the store that this server cannot go on with."""
         self._one_at_a_time = asyncio.Lock()
-        self._fetching: dict[int, asyncio.Future[None]] = {}
+        self._fetching: dict[int, asyncio.Future[bool]] = {}
+        """Sessions that are looked for in a shared store; whether that came to an end."""
         self._num_failures = 0
         self.saved_s = clock()
         """When the store last held all that there was."""
@@ -258,16 +259,18 @@ class Durability:
     async def fetch(self, session_ids: Iterable[int]) -> None:
         """Go on with those of some sessions that are in a shared store, and further there than here.
 
-        Raises Refusal (STORE_UNAVAILABLE) where the store does not answer, or one of them is still to be restored.
+        Raises Refusal (STORE_UNAVAILABLE) where the store does not answer, or one of them cannot be restored yet.
         """
         if not self.is_shared:
             if not self._waiting.isdisjoint(session_ids):
                 raise Refusal(pb.STORE_UNAVAILABLE, "the session is about to be restored")
             return
-        mine = [i for i in session_ids if i not in self._fetching]
-        others = [self._fetching[i] for i in session_ids if i in self._fetching]
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        wanted = dict.fromkeys(session_ids)
+        mine = [i for i in wanted if i not in self._fetching]
+        others = {i: self._fetching[i] for i in wanted if i in self._fetching}
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._fetching.update(dict.fromkeys(mine, done))
+        is_looked_for = False
         try:
             if mine:
                 try:
@@ -276,14 +279,21 @@ class Durability:
                     log.error("sessions cannot be looked for: %s", error)
                     raise Refusal(pb.STORE_UNAVAILABLE, "the store of sessions does not answer") from error
                 for stored in found:
+                    if not self._is_served(stored):
+                        # It has just started: who waits a moment goes on.
+                        raise Refusal(pb.STORE_UNAVAILABLE, "the policy of the session is not served yet")
                     if self._is_news(stored):
                         await self._restore(stored)
+            is_looked_for = True
         finally:
             for session_id in mine:
                 del self._fetching[session_id]
-            done.set_result(None)
+            done.set_result(is_looked_for)
         if others:
-            await asyncio.wait(others)
+            await asyncio.wait(others.values())
+            # Whoever looked for them has perhaps failed, or left.
+            if left := [i for i, looked_for in others.items() if not looked_for.result()]:
+                await self.fetch(left)
 
     def _is_news(self, stored: StoredSession) -> bool:
         """Whether the store is further than this server, whose copy is then dropped."""
@@ -291,7 +301,12 @@ class Durability:
         if policy is None:
             return True
         if stored.session_id not in policy.sessions:
-            return False
+            expired = policy.sessions.expired(stored.session_id)
+            if expired is None or expired.num_steps >= stored.num_steps:
+                return False
+            # It was idle here only: another server went on with it.
+            policy.sessions.revive(stored.session_id)
+            return True
         slot = policy.sessions.slot_of(stored.session_id)
         if policy.sessions.busy[slot] or policy.sessions.next_index[slot] >= stored.num_steps:
             return False

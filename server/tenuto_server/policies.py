@@ -166,8 +166,11 @@ class PolicyRegistry:
     def has_reached(self, session_id: int, step_index: int) -> bool:
         """Whether a session is here, or was, and its next step is this one or a later one."""
         policy = self.of_session(session_id, None)
-        if policy is None or session_id not in policy.sessions:
-            return policy is not None
+        if policy is None:
+            return False
+        if session_id not in policy.sessions:
+            expired = policy.sessions.expired(session_id)
+            return expired is None or expired.num_steps >= step_index
         return int(policy.sessions.next_index[policy.sessions.slot_of(session_id)]) >= step_index
 
     def of_session(self, session_id: int, owner: str | None = "") -> ServedPolicy | None:

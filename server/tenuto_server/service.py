@@ -226,7 +226,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def _fetch(self, session_id: int) -> None:
         """Look in the store for a session that is not here. Raises Refusal."""
         durability = self._durability
-        if durability is not None and durability.has_more and self._registry.of_session(session_id, None) is None:
+        if durability is None or not durability.has_more:
+            return
+        policy = self._registry.of_session(session_id, None)
+        if policy is None or policy.sessions.expired(session_id) is not None:
             await durability.fetch([session_id])
 
     def _describe(self, policy: ServedPolicy, slot: int) -> pb.Session:

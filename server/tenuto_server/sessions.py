@@ -243,6 +243,11 @@ class SessionTable:
         ended = self._ended.get(session_id)
         return ended if ended is not None and owner in (None, ended.owner) else None
 
+    def expired(self, session_id: int) -> Ended | None:
+        """What is remembered of a session that was idle for too long: perhaps since it goes on at another server."""
+        ended = self._ended.get(session_id)
+        return ended if ended is not None and ended.reason == pb.SESSION_EXPIRED else None
+
     def end(self, slot: int, reason: int, last_reward: float = np.nan) -> tuple[Ended, list[tuple[int, float]]]:
         """End a session. Its slot is free at once, or, while a step of it is under way, after that step.
 

@@ -1,5 +1,6 @@
 """Durable sessions of N environments that step together: each row goes on as an undisturbed run would."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from durable_server import DurableServer, Fate, undisturbed
+from durable_server import DurableServer, Fate, Held, undisturbed
 from tenuto_client import (
     DrainingError,
     ReplayMismatchError,
@@ -20,6 +21,7 @@ from tenuto_client import (
     VersionUnknownError,
 )
 from tenuto_client import durable as durable_module
+from tenuto_client.effects import Call
 from tenuto_client.session_rows import SessionRows
 
 N = 3
@@ -228,3 +230,28 @@ def test_a_server_that_is_ahead_is_not_followed() -> None:
     with pytest.raises(RowsError) as caught:
         step(server, rows, 0, 1, 2)
     assert {row: type(error) for row, error in caught.value.errors.items()} == {0: StepIndexError}
+
+
+def test_a_row_in_doubt_that_another_server_turns_out_to_have_is_not_lost_while_it_is_replayed() -> None:
+    server = DurableServer()
+    rows = SessionRows(server.options(seed=10), N)
+    step(server, rows, 1, 1, 1)
+    step(server, rows, 1, 1, 1)
+    plain, ahead = server.faultless, list[dict[int, Held]]()
+
+    def elsewhere(call: Call) -> Any:
+        request: Any = call.request
+        if call.method == "StepBatch" and request.replayed_versions and ahead:
+            # The server that has applied the step stores it, and the one that is asked reads that.
+            server.held.update(ahead.pop())
+        answer = plain(call)
+        if call.method == "StepBatch" and 2 in request.step_indices and not server.num_restarts:
+            ahead.append({i: replace(held) for i, held in server.held.items()})
+        return answer
+
+    server.faultless = elsewhere  # pyright: ignore
+    server.fates = [Fate.CRASH_AFTER]
+    result = step(server, rows, 2, 0, 1)
+    plays = [[(1, False), (1, False), (mode, False)] for mode in (2, 0, 1)]
+    expected = [undisturbed(10 + row, play, [3] * 3)[2] for row, play in enumerate(plays)]
+    assert result.actions.tolist() == expected and result.step_indices.tolist() == [2] * N

@@ -2,12 +2,14 @@
 
 import random
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from durable_server import DurableServer, Fate, step_as_a_transport_does, undisturbed
+from durable_server import DurableServer, Fate, Held, step_as_a_transport_does, undisturbed
 from scripted import observation
 from tenuto_client import (
     DeadlineError,
@@ -22,6 +24,7 @@ from tenuto_client import (
     VersionUnknownError,
 )
 from tenuto_client import durable as durable_module
+from tenuto_client.effects import Call
 from tenuto_client.session import Session
 from tenuto_proto.v1 import policy_pb2 as pb
 
@@ -376,3 +379,24 @@ def test_a_replay_over_a_stream_travels_with_replays_only() -> None:
     reply.actions.shape.append(1)
     [result] = replay.form.cut([replay], reply)
     assert isinstance(result, StepResult) and result.durable_step == 7
+
+
+def test_a_step_in_doubt_that_another_server_turns_out_to_have_is_not_lost_while_it_is_replayed() -> None:
+    server = DurableServer()
+    session = started(server, 2)
+    plain, ahead = server.faultless, list[Held]()
+
+    def elsewhere(call: Call) -> Any:
+        if call.method == "Step" and call.request.replayed_version and ahead:  # pyright: ignore
+            # The server that has applied the step stores it, and the one that is asked reads that.
+            server.held[session.session_id] = ahead.pop()
+        answer = plain(call)
+        if isinstance(answer, pb.StepResponse) and answer.step_index == 2 and not server.num_restarts:
+            ahead.append(replace(server.held[session.session_id]))
+        return answer
+
+    server.faultless = elsewhere  # pyright: ignore
+    server.fates = [Fate.CRASH_AFTER]
+    results = [server.drive(session.step(observation(mode=mode), False, None)) for mode in (2, 1)]
+    seed = seed_of(server, session)
+    assert [r.action for r in results] == undisturbed(seed, [(1, False)] * 2 + [(2, False), (1, False)], [3] * 4)[2:]

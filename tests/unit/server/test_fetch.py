@@ -1,0 +1,160 @@
+"""Sessions that are looked for in a store which other servers use too."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from serving import small_policy
+from tenuto_models import Checkpoint, TrainingProgress
+from tenuto_proto import write_array
+from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server.durability import Durability, Snapshotter
+from tenuto_server.engine import Engine
+from tenuto_server.errors import Refusal, StoreError
+from tenuto_server.metrics import Metrics
+from tenuto_server.policies import PolicyRegistry, ServedPolicy
+from tenuto_server.sessions import SessionOptions
+from tenuto_server.snapshots import as_stored, seal
+from tenuto_server.store import StoredSession
+
+
+class Engineless(Engine):
+    """The engine without a thread: every job is over at once."""
+
+    def __init__(self) -> None:
+        self.device, self._buckets, self._threads, self._deterministic = torch.device("cpu"), (4,), 1, False
+
+    def submit(self, job: Callable[[], Any], done: Callable[[Any, Any], None], *, brief: bool = False) -> None:
+        done(job(), None)
+
+
+class Shelf:
+    """A shared store that counts how often it is read."""
+
+    is_shared = True
+
+    def __init__(self) -> None:
+        self.kept: dict[int, StoredSession] = {}
+        self.num_reads = 0
+        self.fails = False
+
+    def write(self, sessions: Sequence[StoredSession], ended: Iterable[tuple[int, int]]) -> set[int]:
+        return set()
+
+    def read(self, session_ids: Iterable[int]) -> list[StoredSession]:
+        self.num_reads += 1
+        if self.fails:
+            raise StoreError("away")
+        return [self.kept[i] for i in session_ids if i in self.kept]
+
+    def session_ids(self) -> list[int]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class Library:
+    """A server's sessions, and a store that answers when the test says so."""
+
+    def __init__(self, *, is_served: bool = True) -> None:
+        self.engine, self.registry, self.shelf = Engineless(), PolicyRegistry(), Shelf()
+        checkpoint = Checkpoint("a", 1, small_policy("frameconv"), TrainingProgress(), 0.0, "")
+        self.policy = ServedPolicy(checkpoint, self.engine, 10, server_epoch=1)
+        self.policy.versions[1] = self.policy.prepare(checkpoint, self.engine)
+        if is_served:
+            self.registry.add(self.policy)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        versions: Any = None
+        snapshotter = Snapshotter(self.registry, self.engine, versions, lambda: 1.0)
+        self.durability = Durability(
+            self.shelf, snapshotter, self.registry, Metrics(torch.device("cpu")), lambda: 1.0, 1.0, self._io
+        )
+
+    async def _io(self, work: Callable[[], Any]) -> Any:
+        await self.gate.wait()
+        return work()
+
+    def put(self, session_id: int, num_steps: int = 0) -> None:
+        """Keep a session as another server would have written it."""
+        snapshot = pb.SessionSnapshot(
+            format_version=1, session_id=session_id, policy_name="a", state_fingerprint=self.policy.state_fingerprint
+        )
+        for dtype, shape in self.policy.arena.row_layout:
+            write_array(snapshot.state.add(), np.zeros(shape, dtype))
+        if num_steps:
+            snapshot.next_step_index, snapshot.version, snapshot.reply.version = num_steps, 1, 1
+            snapshot.reply.step_index = num_steps - 1
+            write_array(snapshot.reply.action, self.policy.replies.action[0])
+            write_array(snapshot.reply.logits, self.policy.replies.logits[0])
+        self.shelf.kept[session_id] = StoredSession(session_id, num_steps, as_stored(seal(snapshot)))
+
+
+async def test_a_lookup_that_fails_is_no_answer_to_those_who_waited_for_it() -> None:
+    library = Library()
+    library.put(7)
+    library.gate.clear()
+    library.shelf.fails = True
+    first = asyncio.create_task(library.durability.fetch([7]))
+    second = asyncio.create_task(library.durability.fetch([7]))
+    await asyncio.sleep(0)
+    library.gate.set()
+    with pytest.raises(Refusal) as refused:
+        await first
+    library.shelf.fails = False
+    await second
+    assert refused.value.reason == pb.STORE_UNAVAILABLE
+    assert 7 in library.policy.sessions and library.shelf.num_reads == 2
+
+
+async def test_a_caller_who_leaves_takes_nobody_along() -> None:
+    library = Library()
+    library.put(7)
+    library.gate.clear()
+    first = asyncio.create_task(library.durability.fetch([7]))
+    second = asyncio.create_task(library.durability.fetch([7]))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+    library.gate.set()
+    await second
+    assert 7 in library.policy.sessions
+
+
+async def test_a_session_twice_in_a_request_keeps_no_other_from_being_found() -> None:
+    library = Library()
+    library.put(8)
+    await library.durability.fetch([7, 7, 8])
+    await asyncio.wait_for(library.durability.fetch([8]), 10)
+    assert 8 in library.policy.sessions
+
+
+async def test_a_session_whose_policy_is_still_loaded_is_not_unknown() -> None:
+    library = Library(is_served=False)
+    library.put(7)
+    with pytest.raises(Refusal) as refused:
+        await library.durability.fetch([7])
+    assert refused.value.reason == pb.STORE_UNAVAILABLE
+    library.registry.add(library.policy)
+    await library.durability.fetch([7])
+    assert 7 in library.policy.sessions
+
+
+async def test_a_session_that_was_idle_here_only_comes_back() -> None:
+    library = Library()
+    sessions = library.policy.sessions
+    for session_id in (7, 8):
+        sessions.end(sessions.open(session_id, SessionOptions(0, 0, False), 0.0), pb.SESSION_EXPIRED)
+    library.put(7, num_steps=3)
+    library.put(8)
+    assert not library.registry.has_reached(7, 3) and library.registry.has_reached(8, 0)
+    await library.durability.fetch([7, 8])
+    assert 7 in sessions and sessions.next_index[sessions.slot_of(7)] == 3
+    assert 8 not in sessions, "nobody went on with it: it has expired"
