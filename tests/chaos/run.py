@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,24 +42,30 @@ def main() -> None:
     reports: dict[str, Report] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
                TimeElapsedColumn(), TextColumn("{task.fields[faults]}"))  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    try:
         for store in arguments.stores:
-            bars: dict[str, TaskID] = {}
-
-            def tell(
-                phase: str, fleet: Fleet, report: Report, store: str = store, bars: dict[str, TaskID] = bars
-            ) -> None:
-                bar = bars.get(phase)
-                if bar is None:
-                    bar = bars[phase] = progress.add_task(f"{store}, {phase}", total=fleet.total, faults="")
-                progress.update(bar, completed=fleet.num_done, faults=f"{report.faults['servers killed']} kills")
-
-            with tempfile.TemporaryDirectory() as folder:
+            with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as folder:
                 reports[store] = run(
                     Path(folder), store, num_environments=arguments.environments, num_steps=arguments.steps,
-                    num_kills=arguments.kills, seed=arguments.seed, tell=tell,
+                    num_kills=arguments.kills, seed=arguments.seed, tell=partial(_tell, progress, {}, store),
                 )  # fmt: skip
-    table = Table("", *reports, title=f"{arguments.environments} environments of POPGym, seed {arguments.seed}")
+    finally:
+        console.print(_table(reports, f"{arguments.environments} environments of POPGym, seed {arguments.seed}"))
+        if arguments.json:
+            found = {"reports": {name: asdict(report) for name, report in reports.items()}}
+            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    if any(report.num_different or report.num_miscounted for report in reports.values()):
+        sys.exit(1)
+
+
+def _tell(progress: Progress, bars: dict[str, TaskID], store: str, phase: str, fleet: Fleet, report: Report) -> None:
+    if phase not in bars:
+        bars[phase] = progress.add_task(f"{store}, {phase}", total=fleet.total, faults="")
+    progress.update(bars[phase], completed=fleet.num_done, faults=f"{report.faults['servers killed']} kills")
+
+
+def _table(reports: dict[str, Report], title: str) -> Table:
+    table = Table("", *reports, title=title)
     faults = sorted({name for report in reports.values() for name in report.faults})
     rows: list[tuple[str, list[str]]] = [
         ("steps", [f"{r.num_steps:,}" for r in reports.values()]),
@@ -70,11 +77,7 @@ def main() -> None:
     ]
     for name, cells in rows:
         table.add_row(name, *cells)
-    console.print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({name: asdict(report) for name, report in reports.items()}, indent=2))
-    if any(report.num_different or report.num_miscounted for report in reports.values()):
-        sys.exit(1)
+    return table
 
 
 if __name__ == "__main__":
