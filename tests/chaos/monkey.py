@@ -135,78 +135,95 @@ class Monkey:
     # ------------------------------------------------------------------ harm
 
     def harm(self, fleet: Fleet, is_over: threading.Event) -> None:
-        """Kill a server as often as was asked for, and do what else there is between; then let the fleet finish."""
+        """Kill a server as often as was asked for, and do what else there is in between, spread over the fleet's way;
+        then let it finish.
+        """
         try:
             self._harm(fleet, is_over)
         finally:
             fleet.let_finish()
 
     def _harm(self, fleet: Fleet, is_over: threading.Event) -> None:
+        harms = self._lesser_harms() + [self._kill] * self.num_kills
+        self._random.shuffle(harms)
         total = fleet.total - len(fleet.players)
-        marks = sorted(total * (i + self._random.random()) / (self.num_kills + 0.5) for i in range(self.num_kills))
-        for mark in marks:
-            while fleet.num_done < mark and not is_over.is_set():
-                if self._random.random() < 0.02:
-                    self._lesser_harm()
-                is_over.wait(0.05)
+        for number, harm in enumerate(harms):
+            mark = total * (number + self._random.random()) / (len(harms) + 0.5)
+            while fleet.num_done < mark and not is_over.wait(0.05):
+                pass
             if is_over.is_set():
                 return
-            self._kill()
-            if self._random.random() < 0.25:
+            harm()
+            if harm == self._kill and self._random.random() < 0.25:
                 # Again, perhaps before it has restored its sessions.
                 is_over.wait(self._random.uniform(0.2, 4.0))
                 self._kill()
 
     def _kill(self) -> None:
+        self._start_again(self._end_one())
+
+    def _end_one(self) -> int:
         number = self._random.randrange(len(self.servers))
         old = self.servers[number]
         old.process.send_signal(signal.SIGKILL)
         old.process.wait()
         old.close()
         self.report.faults["servers killed"] += 1
+        return number
+
+    def _start_again(self, number: int) -> None:
         self.servers[number] = self._start(wait=False)
         self._reconnect()
 
-    def _lesser_harm(self) -> None:
-        kinds: list[tuple[str, Callable[[], None]]] = [
-            ("connections cut", self.proxy.cut),
-            ("network delayed", self._delay),
-            ("network off", self._turn_off),
-        ]
+    def _lesser_harms(self) -> list[Callable[[], None]]:
+        """Everything else that is possible here, each several times."""
+        harms: list[Callable[[], None]] = [self._cut, self._delay, self._turn_off]
         if _FAKETIME.exists():
-            kinds.append(("clock jumps", self._jump))
+            harms.append(self._jump)
         if self._redis is not None:
-            kinds.append(("redis killed", self._kill_redis))
+            harms.append(self._kill_redis)
         elif self._disk.can_fill:
-            kinds.append(("disk full", self._fill_disk))
-        name, do = self._random.choice(kinds)
-        do()
-        self.report.faults[name] += 1
+            harms.append(self._fill_disk)
+        return harms * max(1, self.num_kills // 3)
+
+    def _cut(self) -> None:
+        self.proxy.cut()
+        self.report.faults["connections cut"] += 1
 
     def _delay(self) -> None:
         self.proxy.delay_s = self._random.uniform(0.01, 0.2)
         time.sleep(self._random.uniform(0.1, 1.0))
         self.proxy.delay_s = 0.0
+        self.report.faults["network delayed"] += 1
 
     def _turn_off(self) -> None:
         self.proxy.ports = []
         self.proxy.cut()
         time.sleep(self._random.uniform(0.1, 1.0))
         self._reconnect()
+        self.report.faults["network off"] += 1
 
     def _jump(self) -> None:
         # In place: whoever reads it meanwhile must find something.
         self._clock.write_text(f"{self._random.choice((-1, 1)) * self._random.randrange(1, 100_000):+d}")
+        self.report.faults["clock jumps"] += 1
 
     def _kill_redis(self) -> None:
         assert self._redis is not None
         self._redis.kill()
         time.sleep(self._random.uniform(0.0, 1.0))
         self._redis.start()
+        self.report.faults["redis killed"] += 1
 
     def _fill_disk(self) -> None:
+        ended = None
         with self._disk.full():
             time.sleep(self._random.uniform(0.2, 1.5))
+            if self._random.random() < 0.5:
+                ended = self._end_one()
+        if ended is not None:
+            self._start_again(ended)
+        self.report.faults["disk full"] += 1
 
     # ------------------------------------------------------------------ what it came to
 

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stores", nargs="+", choices=["sqlite", "redis"], default=["sqlite", "redis"])
     parser.add_argument("--environments", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=300, help="of each environment")
+    parser.add_argument("--steps", type=int, default=1000, help="of each environment")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the reports to this file, too")
