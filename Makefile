@@ -116,7 +116,7 @@ chaos: install  ## Play 200 environments while their servers are killed 20 times
 
 # Guided by coverage where atheris is installed (pip install atheris==3.0.0), which is slower.
 FUZZ_INPUTS ?= 1000000
-fuzz: install  ## Fuzz every rpc and the reader of checkpoints, a million inputs each, some half an hour.
+fuzz: install  ## Fuzz every rpc and the reader of checkpoints, a million inputs each, an hour or so.
 	$(BIN)/python tests/fuzz/run.py rpcs --inputs $(FUZZ_INPUTS)
 	$(BIN)/python tests/fuzz/run.py checkpoints --inputs $(FUZZ_INPUTS)
 
