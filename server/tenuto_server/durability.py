@@ -91,6 +91,8 @@ class Snapshotter:
                 # Where it is not to be had the check says so.
                 await self._versions.require(policy.name, version)
         state = check_fit(snapshot, policy)
+        if policy.sessions.is_older_copy(snapshot.session_id, snapshot.next_step_index):
+            policy.sessions.forget(policy.sessions.slot_of(snapshot.session_id))
         owner = principal if principal is not None else snapshot.principal if self._knows_callers else ""
         slot = policy.sessions.open(snapshot.session_id, options_of(snapshot), self._clock(), owner)
         install(snapshot, state, policy, slot)

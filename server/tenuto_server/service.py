@@ -205,7 +205,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         policy = self._registry.of_session(session_id, None)
         if policy is not None and self._registry.of_session(session_id, principal.name) is None:
             raise session_exists(session_id)
-        if policy is not None and session_id in policy.sessions:
+        if policy is not None and policy.sessions.is_older_copy(session_id, snapshot.next_step_index):
+            policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name)
+        elif policy is not None and session_id in policy.sessions:
             slot = policy.sessions.slot_of(session_id)
             if snapshot.next_step_index != policy.sessions.next_index[slot] or policy.name != snapshot.policy_name:
                 raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists, and has taken other steps")

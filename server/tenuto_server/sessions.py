@@ -238,6 +238,11 @@ class SessionTable:
         self.last_reward[slot] = np.nan
         self._free(np.array([slot]))
 
+    def is_older_copy(self, session_id: int, num_steps: int) -> bool:
+        """Whether a session is here as it was when it was exported, and has taken steps elsewhere since."""
+        slot = self._slots.get(session_id)
+        return slot is not None and bool(self.exported[slot]) and int(self.next_index[slot]) < num_steps
+
     def ended(self, session_id: int, owner: str | None = "") -> Ended | None:
         """What is remembered of a principal's ended session; None: of anybody's."""
         ended = self._ended.get(session_id)
