@@ -11,7 +11,6 @@ import logging
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def main() -> None:
     finally:
         console.print(_table(reports, f"{arguments.environments} environments of POPGym, seed {arguments.seed}"))
         if arguments.json:
-            found = {"reports": {name: asdict(report) for name, report in reports.items()}}
+            found = {"reports": {name: vars(report) for name, report in reports.items()}}
             arguments.json.write_text(json.dumps(found, indent=2) + "\n")
     if any(report.num_different or report.num_miscounted for report in reports.values()):
         sys.exit(1)
