@@ -35,11 +35,14 @@ class Player:
     actions: list[int] = field(default_factory=lambda: [])
     session_id: int = 0
     longest_pause_s: float = 0.0
+    """Between two of its actions."""
+    began_s: float = 0.0
+    """When its last action came."""
 
     def start(self) -> Any:
         """Make the environment and return its first observation."""
         self._env = make(ENVIRONMENTS[self.policy_name])
-        self._episode, self._began_s = 0, time.monotonic()
+        self._episode, self.began_s = 0, time.monotonic()
         return self._reset()
 
     def _reset(self) -> Any:
@@ -49,7 +52,7 @@ class Player:
     def act(self, action: Any) -> tuple[Any, bool, float]:
         """Do what the policy says: the next observation, whether an episode begins with it, and the reward."""
         now_s = time.monotonic()
-        self.longest_pause_s, self._began_s = max(self.longest_pause_s, now_s - self._began_s), now_s
+        self.longest_pause_s, self.began_s = max(self.longest_pause_s, now_s - self.began_s), now_s
         self.actions.append(int(action))
         observation, reward, terminated, truncated, _ = self._env.step(action)
         ends = bool(terminated or truncated)
@@ -117,7 +120,7 @@ class Fleet:
         try:
             while len(player.actions) < self.num_steps:
                 if len(player.actions) == self.num_steps - 1:
-                    await self._is_calm.wait()
+                    await self._wait_for_calm([player])
                 result = await policy.step(observation, episode_start=begins, reward=reward)
                 assert result.step_index == len(player.actions), "a step was lost or doubled"
                 player.session_id = policy.session_id
@@ -125,6 +128,12 @@ class Fleet:
         finally:
             # The session stays, for those who want to count its steps.
             await policy._transport.close()  # pyright: ignore[reportPrivateUsage]
+
+    async def _wait_for_calm(self, players: Sequence[Player]) -> None:
+        await self._is_calm.wait()
+        for player in players:
+            # That was no pause of the server's.
+            player.began_s = time.monotonic()
 
     async def _play_together(self, address: str, players: Sequence[Player]) -> None:
         # Row i of a vector policy has the seed + i.
@@ -135,7 +144,7 @@ class Fleet:
         try:
             for index in range(self.num_steps):
                 if index == self.num_steps - 1:
-                    await self._is_calm.wait()
+                    await self._wait_for_calm(players)
                 observations = _stacked([observation for observation, _, _ in now])
                 starts, rewards = ([row[column] for row in now] for column in (1, 2))
                 result = await policy.step(observations, episode_starts=starts, rewards=rewards)
