@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +38,8 @@ CASES = [
     Case("batch", "dnc", 2048, rows=256),
 ]
 NONE = "none"
+Found = dict[Case, dict[str, list[Outcome]]]
+"""Of each case and store the rounds, in order."""
 WARMUP_S = 1.0
 """Longer than some intervals of snapshots."""
 
@@ -75,7 +77,7 @@ def main() -> None:
         else:
             console.print("redis-server is not installed: Redis is not measured")
         servers = {name: stack.enter_context(_serve(folder / "repository", url)) for name, url in stores.items()}
-        found: dict[Case, dict[str, list[Outcome]]] = {case: {name: [] for name in servers} for case in CASES}
+        found: Found = {case: {name: [] for name in servers} for case in CASES}
         for number in track(range(flags.rounds), "measuring", console=console, transient=True):
             for case, outcomes in found.items():
                 for name in list(servers)[:: 1 if number % 2 else -1]:
@@ -84,8 +86,9 @@ def main() -> None:
     table_of(found).print(console)
     console.print("snapshots written per second of writing: " + ", ".join(f"{k} {v:,.0f}" for k, v in written.items()))
     if flags.json:
-        rows = [asdict(o) | {"store": name} for per in found.values() for name, all_ in per.items() for o in all_]
-        flags.json.write_text(json.dumps({"machine": machine(), "written_per_s": written, "rows": rows}) + "\n")
+        rows = [(name, asdict(o)) for per in found.values() for name, all_ in per.items() for o in all_]
+        told = {"machine": machine(), "written_per_s": written, "rows": rows}
+        flags.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
 def _serve(repository: Path, url: str | None) -> Any:
@@ -97,7 +100,16 @@ def _written(server: Served) -> float:
     return server.metric("tenuto_snapshots_total") / seconds if seconds else 0.0
 
 
-def table_of(found: dict[Case, dict[str, list[Outcome]]]) -> Table:
+def read(rows: Sequence[tuple[str, dict[str, Any]]]) -> Found:
+    """Return what a kept run has found."""
+    found: Found = {}
+    for store, row in rows:
+        outcome = Outcome(**row | {"case": Case(**row["case"])})
+        found.setdefault(outcome.case, {}).setdefault(store, []).append(outcome)
+    return found
+
+
+def table_of(found: Found) -> Table:
     """One row per case and store."""
     rows: list[list[str]] = []
     for case, outcomes in found.items():

@@ -20,7 +20,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import durability
 import engine
+from overload import run as overload
 from peers.contenders import ECHO, FORWARD, PEERS
 from peers.rows import Figures, Rows
 from report import Goal, Table, figure, table_of
@@ -70,6 +72,15 @@ def main() -> None:
             medians = {(memory, rows, who): us for memory, rows, who, us in told["rows"]}
             save(engine_bars(medians), "engine", told["machine"])
             sections["engine"] = section(told, engine.table(medians))
+        if (told := read("overload")) is not None:
+            levels = [overload.Level(**level) for level in told["levels"]]
+            save(overload_curves(levels), "overload", told["machine"])
+            bound_ms = 2 * told["flags"]["max_queue_delay_ms"]
+            table, goals = overload.report(levels, told["capacity_per_s"], bound_ms)
+            sections["overload"] = [origin(told), "", table.markdown(), "", goals.markdown()]
+        if (told := read("durability")) is not None:
+            table = durability.table_of(durability.read(told["rows"]))
+            sections["durability"] = [origin(told), "", table.markdown()]
     page = PAGE.read_text()
     for name, lines in sections.items():
         page = filled(page, name, lines)
@@ -84,10 +95,15 @@ def read(name: str) -> dict[str, Any] | None:
 
 def section(told: dict[str, Any], table: Table) -> list[str]:
     """Return the lines that the page has of a run: machine, table, goals."""
-    machine = told["machine"]
     goals = [Goal(g["what"], g["got"], g["wanted"], g["at_least"]) for g in told["goals"]]
+    return [origin(told), "", table.markdown(), "", table_of(goals).markdown()]
+
+
+def origin(told: dict[str, Any]) -> str:
+    """Say of a run what ran where."""
+    machine = told["machine"]
     where = f"{machine['processor']}, {machine['memory']}; {machine['versions']}; commit {machine['commit']}"
-    return [f"{where}. `{machine['command']}`", "", table.markdown(), "", table_of(goals).markdown()]
+    return f"{where}. `{machine['command']}`"
 
 
 def filled(page: str, name: str, lines: Sequence[str]) -> str:
@@ -182,6 +198,24 @@ def engine_bars(medians: engine.Microseconds) -> Figure:
         *panels[memories.index("dnc")].get_legend_handles_labels(), loc="outside upper center", ncols=len(BARS),
         frameon=False, labelcolor="linecolor",
     )  # fmt: skip
+    return drawing
+
+
+def overload_curves(levels: Sequence[overload.Level]) -> Figure:
+    """What a server does of what is asked of it, and how long that takes, over the load."""
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
+    loads = [level.factor for level in levels]
+    left.plot(loads, [level.goodput_per_s for level in levels], color=OURS, marker="o", markersize=4)
+    left.plot(loads, [level.offered_per_s for level in levels], color=GREY, linewidth=0.8)
+    left.set(title="Steps per second; grey: offered", ylim=(0, 1.6 * max(level.goodput_per_s for level in levels)))
+    for name, style, values in (("p99", "-", [v.p99_ms for v in levels]), ("p50", "--", [v.p50_ms for v in levels])):
+        right.plot(loads, values, style, color=OURS, marker="o", markersize=4, label=name)
+    right.set(title="Milliseconds of an admitted step", ylim=(0, None))
+    right.legend(frameon=False, labelcolor="linecolor")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="load, of the capacity")
+        axes.set_xticks(loads, [f"{load:g}" for load in loads])
+        axes.minorticks_off()
     return drawing
 
 
