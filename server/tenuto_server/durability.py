@@ -40,7 +40,6 @@ _GROUP = 256
 """Sessions that the engine copies at once: a fraction of a millisecond."""
 _MAX_PAUSE_S = 5.0
 """Between two tries of a store that fails."""
-_NO_LIMIT = 2**62
 
 
 class VersionSource(Protocol):
@@ -120,8 +119,8 @@ class Durability:
         """Sessions to drop from the store, and how many steps they had."""
         self._waiting: set[int] = set()
         """Sessions in a store of this server's own that are still to be restored."""
-        self._refused: set[int] = set()
-        """Sessions in the store that this server cannot go on with."""
+        self._refused: dict[int, int] = {}
+        """Sessions in the store that this server cannot go on with, and how many steps they have there."""
         self._one_at_a_time = asyncio.Lock()
         self._fetching: dict[int, asyncio.Future[bool]] = {}
         """Sessions that are looked for in a shared store; whether that came to an end."""
@@ -143,8 +142,7 @@ class Durability:
     def begin(self, session_id: int) -> None:
         """A session begins from its first step on: what the store has of it and nobody could go on from is dropped."""
         if session_id in self._refused:
-            self._refused.discard(session_id)
-            self._ended[session_id] = _NO_LIMIT
+            self._ended[session_id] = self._refused.pop(session_id)
 
     def end(self, session_id: int, num_steps: int) -> None:
         """Drop a session from the store with the next group."""
@@ -320,7 +318,7 @@ class Durability:
             reason = pb.ErrorReason.Name(error.reason).lower()
             self._metrics.snapshots_refused.labels(reason).inc()
             log.error("session %d is not restored: %s", stored.session_id, error)
-            self._refused.add(stored.session_id)
+            self._refused[stored.session_id] = stored.num_steps
             return False
         policy.sessions.durable_index[slot] = stored.num_steps
         self._metrics.sessions_restored.labels(policy.name).inc()

@@ -23,6 +23,7 @@ from tenuto_client.errors import (
     SessionGoneError,
     StepInFlightError,
     TenutoError,
+    VersionUnknownError,
 )
 from tenuto_client.options import PolicyOptions
 from tenuto_client.retry import Timing
@@ -125,6 +126,8 @@ class OneEnv(Client):
                 self._chain, self._unsettled, begins = None, None, True
             except TenutoError as error:
                 self._failed(error)
+                # What was published was replaced: it will never be there again.
+                begins |= isinstance(error, VersionUnknownError) and self.world.has_swapped
                 if error.outcome_unknown and not begins and self._chain is not None and self.rng.random() < 0.2:
                     if self._unsettled is None:
                         self._unsettled = seen
@@ -225,6 +228,7 @@ class ManyEnvs(Client):
                     begins[row] = True
                 elif error is not None:
                     self._failed(error)
+                    begins[row] |= isinstance(error, VersionUnknownError) and world.has_swapped
                 else:
                     self._took(row, seen[row], bool(begins[row]), since_s, num_downs, result)
                     todo[row] = False

@@ -243,6 +243,9 @@ class Prober(Client):
         if not others:
             return
         chain = self.rng.choice(others)
+        if self._chain is not None and self.rng.random() < 0.5:
+            await self._smuggle(self._chain, chain)
+            return
         method, request = self.rng.choice((
             ("Step", _request(chain.session_id, chain.index, self.seen(), False)),
             ("InspectSession", pb.InspectSessionRequest(session_id=chain.session_id)),
@@ -250,6 +253,21 @@ class Prober(Client):
             ("ExportSession", pb.ExportSessionRequest(session_id=chain.session_id)),
         ))  # fmt: skip
         await self._must_fail(method, request, laws.PRIVATE, {"SESSION_UNKNOWN"})
+
+    async def _smuggle(self, own: Chain, other: Chain) -> None:
+        """The session of somebody else, in a batch beside one that is ours."""
+        observations = np.stack([observe(*self.seen()), observe(*self.seen())])
+        request = pb.StepBatchRequest(
+            session_ids=[own.session_id, other.session_id], step_indices=[own.index + 10**6, other.index],
+            observations=[pb.NamedTensor(name="observation", tensor=array_to_wire(observations))],
+        )  # fmt: skip
+        try:
+            reply = await self._call("StepBatch", request)
+        except Refused:
+            return
+        reasons = {error.row: pb.ErrorReason.Name(error.error.reason) for error in reply.errors}
+        if reasons.get(1) not in {"SESSION_UNKNOWN", *_PASSES}:
+            self._wrong(laws.PRIVATE, f"a batch with session {other.session_id} of somebody else: {reply}")
 
     async def _list(self) -> None:
         """All that there are."""

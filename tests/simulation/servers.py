@@ -137,8 +137,8 @@ class ServerProcess(Process):
         self.server: SimulatedServer | None = None
         self.calls: dict[Any, None] = {}
         """Under way here."""
-        self.applied: dict[int, int] = {}
-        """Session -> the last of its steps whose state was stored here."""
+        self.applied: dict[tuple[int, int], int] = {}
+        """Slot and generation -> the last step whose state was stored there."""
         self.replies: dict[int, dict[int, Any]] = {}
         """What the laws remember of the last steps that were answered here: session -> index -> reply."""
 

@@ -34,6 +34,10 @@ from tenuto_server.principals import Entry, Principal, to_text
 
 FAILPOINTS = ("before_scatter", "after_scatter", "before_snapshot_commit", "after_snapshot_commit",
               "between_reply_and_ack")  # fmt: skip
+FAULTS = ("request lost", "reply lost", "request doubled", "delayed", "connection cut", "host cut off", "storm",
+          "crash", "drain", "disk full", "write failed", "torn page", "forward failed", "result not finite",
+          "caller cancelled", "version published", "other weights published", "other memory published",
+          "rebalanced")  # fmt: skip
 STORES = {"memory": 8, "file": 2, "shared": 5, "shared file": 2, "none": 3}
 """Where sessions are kept, and how often."""
 _MAX_TURNS = 400
@@ -56,6 +60,7 @@ class Result:
     digest: str
     counts: Counter[str]
     error: BrokenLawError | None
+    store: str
     events: list[str] = field(default_factory=lambda: [])
     """The last ones; all of them where they were asked for."""
 
@@ -127,7 +132,7 @@ class World:
         for host in self.hosts:
             host.config = config
         self.network.delay_s = rng.choice((1e-4, 1e-3))
-        self._swaps = self.is_durable and rng.random() < 0.25
+        self._swaps = self.is_durable and rng.random() < 0.3
         self.fault_rate = rng.choice((0.0, 0.01, 0.05))
         self.pause_s = rng.choice((0.1, 0.3, 1.0))
         """Between two acts of the nemesis."""
@@ -232,14 +237,19 @@ class World:
             if host.process is process and process is not None:
                 host.crash(why)
 
+    @property
+    def has_swapped(self) -> bool:
+        """Whether what had been published was replaced."""
+        return self._swapped_s > 0
+
     def may_lose(self, chain: Chain, error: Any) -> bool:
         """Whether a session may be gone."""
         if isinstance(error, SessionExpiredError) or getattr(error, "reason", "") == "SESSION_EXPIRED":
             return self.loop.now_s - chain.last_s > self.idle_timeout_s - 1.0
         if not self.is_durable:
             return self.num_downs > chain.num_downs
-        if error is None and (self.failure_rate or self._not_finite):
-            # An episode begins elsewhere where a replay of the one before it could not be computed.
+        if error is None and (self.failure_rate or self._not_finite or self.num_downs > chain.num_downs):
+            # An episode begins in a new session where the old one cannot be replayed, or not soon enough.
             return True
         return chain.session_id in self.disk.torn or chain.born_s <= self._swapped_s
 
@@ -268,7 +278,7 @@ class World:
             shutil.rmtree(self._folder)
         return Result(
             self.seed, self.num_steps, self.num_answers, self.loop.now_s - 1000.0, self._hash.hexdigest(), self.counts,
-            self.laws.error, [repr(event) for event in self._events],
+            self.laws.error, self.store, [repr(event) for event in self._events],
         )  # fmt: skip
 
     @contextmanager
@@ -384,7 +394,7 @@ class World:
         acts = {
             self._arm: 8, self._crash: 2, self._drain: 2, self._cut: 3, self._cut_off: 1, self._fill_disk: 1,
             self._publish: 2, self._storm: 1, self._balance: 4 if self.is_shared else 0,
-            self._swap: 1 if self._swaps else 0,
+            self._swap: 2 if self._swaps else 0,
         }  # fmt: skip
         while True:
             # Somebody shall get on in between.
@@ -437,7 +447,7 @@ class World:
     def _publish(self, rng: random.Random) -> None:
         version = self.repository.newest + 1
         self.count("version published")
-        self.repository.publish(version, Weights(version))
+        self.repository.publish(version, Weights(version, self.repository.versions[version - 1].layout))
 
     def _swap(self, rng: random.Random) -> None:
         """Replace every version by another one of its number, while nobody runs."""
