@@ -126,8 +126,11 @@ class OneEnv(Client):
                 self._chain, self._unsettled, begins = None, None, True
             except TenutoError as error:
                 self._failed(error)
-                # What was published was replaced: it will never be there again.
-                begins |= isinstance(error, VersionUnknownError) and self.world.has_swapped
+                if isinstance(error, VersionUnknownError) and self.world.has_swapped and not begins:
+                    # What was published was replaced: it will never be there again.
+                    if error.outcome_unknown and self._unsettled is None:
+                        self._unsettled = seen
+                    begins = True
                 if error.outcome_unknown and not begins and self._chain is not None and self.rng.random() < 0.2:
                     if self._unsettled is None:
                         self._unsettled = seen
@@ -189,9 +192,11 @@ class ManyEnvs(Client):
 
     def __init__(self, world: Any, name: str, *, stream: bool) -> None:
         super().__init__(world, name)
-        self._n = self.num_sessions = self.rng.randint(2, 12)
+        self._n = self.num_sessions = self.rng.randint(2, 24)
         self.policy = SimulatedVectorPolicy(self.address, self._n, self.options(), stream=stream, token=self.token)
         self._chains: list[Chain | None] = [None] * self._n
+        self._unsettled: dict[int, tuple[int, int]] = {}
+        """As OneEnv's, by row."""
 
     def chains(self) -> Iterable[Chain]:
         ids = self.policy.session_ids
@@ -228,7 +233,10 @@ class ManyEnvs(Client):
                     begins[row] = True
                 elif error is not None:
                     self._failed(error)
-                    begins[row] |= isinstance(error, VersionUnknownError) and world.has_swapped
+                    if isinstance(error, VersionUnknownError) and world.has_swapped and not begins[row]:
+                        if error.outcome_unknown:
+                            self._unsettled[row] = seen[row]
+                        begins[row] = True
                 else:
                     self._took(row, seen[row], bool(begins[row]), since_s, num_downs, result)
                     todo[row] = False
@@ -250,6 +258,9 @@ class ManyEnvs(Client):
             chain = None
         if chain is None:
             chain = self._chains[row] = Chain(session_id, session_id, num_downs=num_downs, born_s=since_s)
+        unsettled = self._unsettled.pop(row, None)
+        if unsettled is not None and chain.index and int(result.step_indices[row]) == chain.index + 1:
+            chain.apply(unsettled, False, [])
         self.world.laws.stepped(
             chain, seen, begins, since_s, index=int(result.step_indices[row]), version=int(result.versions[row]),
             action=int(result.actions[row]), value=float(result.values[row]),

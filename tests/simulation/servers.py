@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from tenuto_server.arena import StateArena
 from tenuto_server.config import ServerConfig
 from tenuto_server.engine import Engine
 from tenuto_server.guard import guarded
+from tenuto_server.metrics import Metrics
 
 POLICY = "policy"
 
@@ -207,6 +208,12 @@ class Host:
         self.world.network.later(self.world.restart_s(), self.start)
 
 
+@cache
+def _metrics(device: torch.device) -> Metrics:
+    """All servers count into the same: to declare every metric takes as long as a dozen steps."""
+    return Metrics(device)
+
+
 def _world() -> Any:
     return asyncio.get_running_loop().world  # pyright: ignore
 
@@ -239,6 +246,7 @@ def outside() -> Generator[None]:
         (main_module, "time", clock),
         (main_module, "secrets", secrets),
         (main_module, "Engine", VirtualEngine),
+        (main_module, "Metrics", _metrics),
         (main_module, "open_store", lambda url, lifetime_s: _world().disk.open()),
         (main_module, "_end_at_once", _end_at_once),
         (reload_module, "awatch", _awatch),

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ _MAX_TURNS = 400
 _PATIENCE_S = 120.0
 """Virtual seconds in which everybody gets on once the faults have stopped."""
 _KEPT_EVENTS = 400
-NUM_STEPS = 600
+NUM_STEPS = 1000
 """Of a run, all clients together."""
 
 
@@ -125,7 +126,7 @@ class World:
             max_queue_delay_ms=rng.choice((5.0, 500.0)),
             queue_timeout_s=rng.choice((0.1, 10.0)),
             durability="" if self.store == "none" else "simulated:",
-            snapshot_interval_s=rng.choice((0.02, 0.1, 0.25)),
+            snapshot_interval_s=rng.choice((0.05, 0.1, 0.25)),
             drain_timeout_s=rng.choice((0.5, 5.0)),
             poll_s=1.0,
         )
@@ -331,7 +332,8 @@ class World:
 
     async def _quiet(self) -> None:
         """Nobody asks for anything any more."""
-        await asyncio.sleep(2.0)
+        # A store that has failed is tried again after 5 s at most.
+        await asyncio.sleep(6.0)
         for host in self.hosts:
             process = host.process
             if process is None or process.server is None:
@@ -486,8 +488,16 @@ class _Logs(logging.Handler):
         self._world.note(text if not error else f"{text}: {error!r}")
 
 
+@cache
+def _set_imports_apart() -> None:
+    """Have the collections between runs pass over what lives as long as the process."""
+    gc.collect()
+    gc.freeze()
+
+
 def simulate(seed: int, num_steps: int = NUM_STEPS, *, keeps_all: bool = False, store: str = "") -> Result:
     """Run a seed. No garbage is collected meanwhile, since what that finds would run at a time that no seed decides."""
+    _set_imports_apart()
     was_on = gc.isenabled()
     gc.disable()
     try:
