@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=NUM_STEPS, help="steps of a seed")
     parser.add_argument("--store", choices=list(STORES), default="", help="with this kind of store only")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these at the latest")
     parser.add_argument("--until-fail", action="store_true", help="stop at the first law that is broken")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event and what was logged")
     arguments = parser.parse_args()
@@ -96,7 +97,8 @@ def _simulate(arguments: argparse.Namespace, console: Console) -> list[Result]:
             rate = num_steps / (time.monotonic() - began_s)
             more = f"{len(done):,} seeds, {rate:,.0f} steps/s, {counts['crash']:,} crashes, {len(failed)} failures"
             progress.update(bar, completed=num_steps, more=more)
-            is_enough = num_steps >= arguments.steps or (failed and arguments.until_fail)
+            is_late = time.monotonic() - began_s > 60 * arguments.minutes
+            is_enough = num_steps >= arguments.steps or is_late or (failed and arguments.until_fail)
             if not is_enough:
                 running |= {submit() for _ in finished}
     _tell(done, counts, num_steps, time.monotonic() - began_s, console)
