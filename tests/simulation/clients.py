@@ -47,9 +47,7 @@ class SimulatedPolicy(AsyncRemotePolicy):
 class SimulatedVectorPolicy(AsyncRemoteVectorPolicy):
     """As SimulatedPolicy."""
 
-    def __init__(
-        self, address: str, num_envs: int, options: PolicyOptions, *, stream: bool, token: str | None
-    ) -> None:
+    def __init__(self, address: str, num_envs: int, options: PolicyOptions, *, stream: bool, token: str | None) -> None:
         super().__init__(address, num_envs, transport="stream" if stream else "batch", token=token)
         self.rows = self._rows = SessionRows(options, num_envs)
 
@@ -131,10 +129,9 @@ class OneEnv(Client):
                     if error.outcome_unknown and self._unsettled is None:
                         self._unsettled = seen
                     begins = True
-                if error.outcome_unknown and not begins and self._chain is not None and self.rng.random() < 0.2:
-                    if self._unsettled is None:
-                        self._unsettled = seen
-                        seen = self.seen()
+                is_settled = self._unsettled is None and self._chain is not None
+                if error.outcome_unknown and not begins and is_settled and self.rng.random() < 0.2:
+                    self._unsettled, seen = seen, self.seen()
                 await asyncio.sleep(self.rng.random() * 0.1)
             else:
                 break
@@ -218,9 +215,7 @@ class ManyEnvs(Client):
         while todo.any():
             observations = np.stack([observe(*s) for s in seen])
             try:
-                result = await self.policy.step(
-                    observations, episode_starts=begins, mask=todo, raise_errors=False
-                )
+                result = await self.policy.step(observations, episode_starts=begins, mask=todo, raise_errors=False)
             except TenutoError as error:
                 self._failed(error)
                 await asyncio.sleep(self.rng.random() * 0.1)
@@ -248,9 +243,7 @@ class ManyEnvs(Client):
         if not isinstance(error, _PASSES):
             self.world.laws.broken(laws.ERROR, f"{self.name}: {error!r}")
 
-    def _took(
-        self, row: int, seen: tuple[int, int], begins: bool, since_s: float, num_downs: int, result: Any
-    ) -> None:
+    def _took(self, row: int, seen: tuple[int, int], begins: bool, since_s: float, num_downs: int, result: Any) -> None:
         session_id = self.policy.session_ids[row]
         chain = self._chains[row]
         if chain is not None and chain.session_id != session_id:
@@ -270,5 +263,3 @@ class ManyEnvs(Client):
     async def close(self) -> None:
         self.world.closed_ids.update(self.policy.session_ids)
         await self.policy.close()
-
-

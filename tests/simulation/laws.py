@@ -1,7 +1,7 @@
 """The laws of a session, checked against everything that happens. Knows nothing of how tenuto keeps them.
 
-Two views: what a server answers, also where the answer is lost on its way, and what a client is told, which must be what
-an undisturbed run would have told it.
+Two views: what a server answers, also where the answer is lost on its way, and what a client is told, which must be
+what an undisturbed run would have told it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Laws:
         slots = rows.slots.tolist()
         if len(set(slots)) != len(slots):
             self.broken(SLOT, f"slots {slots}")
-        for lease, index, session_id in zip(_leases(rows), rows.step_indices.tolist(), rows.session_ids.tolist(), strict=True):
+        columns = _leases(rows), rows.step_indices.tolist(), rows.session_ids.tolist()
+        for lease, index, session_id in zip(*columns, strict=True):
             before = process.applied.get(lease)
             if before is not None and index != before + 1:
                 what = f"session {session_id} at {process.name}"
@@ -122,9 +123,7 @@ class Laws:
             for row, (session_id, index) in enumerate(zip(request.session_ids, request.step_indices, strict=True)):
                 if row not in failed:
                     action = response.actions.data[row * size : (row + 1) * size]
-                    self._answered(
-                        process, session_id, index, response.versions[row], action, durable_steps[row], None
-                    )
+                    self._answered(process, session_id, index, response.versions[row], action, durable_steps[row], None)
 
     def _answered(
         self, process: Any, session_id: int, index: int, version: int, action: bytes, durable: int, times: Any

@@ -1,4 +1,5 @@
-"""An event loop without a world: its clock jumps to the next timer, threads are delays, and processes can end at any line.
+"""An event loop without a world: its clock jumps to the next timer, threads are delays, and processes can end at any
+line.
 
 Everything that belongs to a simulated process runs in a context in which PROCESS names it. When it crashes, what it has
 scheduled is dropped and what it schedules afterwards never runs, so that the rest of its code is harmless.
@@ -7,6 +8,7 @@ scheduled is dropped and what it schedules afterwards never runs, so that the re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import heapq
 from collections import deque
@@ -195,8 +197,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             coroutine = task.get_coro()
             if coroutine.cr_running:
                 continue
-            try:
+            # Nobody is left whom it concerns.
+            with contextlib.suppress(BaseException):
                 coroutine.close()
-            except BaseException:  # noqa: BLE001, S110 (nobody is left whom it concerns)
-                pass
         self.close()

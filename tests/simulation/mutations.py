@@ -161,7 +161,7 @@ def planted(mutation: Mutation) -> Generator[None]:
     source = textwrap.dedent(inspect.getsource(original))
     assert source.count(mutation.old) == 1, f"{mutation.name}: {source.count(mutation.old)} places in {mutation.target}"
     found: dict[str, Any] = {}
-    exec(compile(_replaced(source, mutation), module.__file__, "exec"), module.__dict__, found)  # noqa: S102
+    exec(compile(_replaced(source, mutation), module.__file__, "exec"), module.__dict__, found)
     # A function may have been imported by name.
     places = [owner] if owners else [m for n, m in sys.modules.items() if n.startswith("tenuto_") and m is not None]
     places = [place for place in places if getattr(place, name, None) is original]

@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from simulation.loop import Process
 from tenuto_proto.v1 import policy_pb2 as pb
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
@@ -412,11 +411,9 @@ class ListeningServer:
         process = self._process
         process.is_listening = False
         end_s = process.loop.now_s + grace_s
-        while any(isinstance(call, UnaryCall) for call in process.calls) and process.loop.now_s < end_s:
+        while any(isinstance(c, UnaryCall) for c in process.calls) and process.loop.now_s < end_s:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         process.world.laws.stopped(process, [c.method for c in process.calls if isinstance(c, UnaryCall)])
         for call in list(process.calls):
             call.leave(0.0)
             call.fail("the server has stopped")
-
-

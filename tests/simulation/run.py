@@ -113,17 +113,16 @@ def _tell(done: list[Result], counts: Counter[str], num_steps: int, took_s: floa
     console.print(table)
     virtual_s = sum(result.virtual_s for result in done)
     rate = f", {num_steps / took_s:,.0f} steps/s" if took_s else ""
+    num_answers = sum(result.num_answers for result in done)
     console.print(
-        f"{len(done):,} seeds, {num_steps:,} steps of clients, {sum(r.num_answers for r in done):,} answers of servers, "
+        f"{len(done):,} seeds, {num_steps:,} steps of clients, {num_answers:,} answers of servers, "
         f"{virtual_s:,.0f} simulated seconds in {took_s:,.0f} s{rate}"
     )
     if len(done) == 1:
         console.print(f"digest {done[0].digest}")
 
 
-def _explain(
-    result: Result, arguments: argparse.Namespace, console: Console, *, with_events: bool = True
-) -> None:
+def _explain(result: Result, arguments: argparse.Namespace, console: Console, *, with_events: bool = True) -> None:
     """Say which law was broken, what happened last, and how to see it again."""
     console.rule(f"seed {result.seed}")
     for event in result.events[-_SHOWN_EVENTS:] if with_events else []:

@@ -1,10 +1,11 @@
-"""The production server in a simulated process: :class:`tenuto_server.main.Server` as it is, with its own wiring, sweeps
-and drain, over an outside world that :func:`outside` puts in the place of the real one.
+"""The production server in a simulated process: :class:`tenuto_server.main.Server` as it is, with its own wiring,
+sweeps and drain, over an outside world that :func:`outside` puts in the place of the real one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import contextmanager
@@ -66,9 +67,7 @@ class Repository:
 class VirtualEngine(Engine):
     """The production engine, whose thread is two delays: until it takes a job, and until the loop hears of it."""
 
-    def __init__(
-        self, device: torch.device, buckets: Any, threads: int = 1, *, deterministic: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device, buckets: Any, threads: int = 1, *, deterministic: bool = False) -> None:
         self.device, self._buckets, self._threads, self._deterministic = device, tuple(buckets), threads, deterministic
         self._num_under_way = 0
         self._waiting: deque[tuple[Any, Any]] = deque()
@@ -191,8 +190,6 @@ class Host:
         if process is not None and process.signals:
             self.world.trace("SIGTERM", process.name)
             self.world.count("drain")
-            import signal
-
             self.world.loop.call_soon(process.signals[signal.SIGTERM], context=process.context)
 
     def _ended(self, process: ServerProcess, task: asyncio.Task[None]) -> None:
@@ -273,5 +270,3 @@ def outside() -> Generator[None]:
 def config(folder: Path, **changes: Any) -> ServerConfig:
     """A server's configuration; nothing in ``folder`` is ever looked at."""
     return ServerConfig(repository=folder, device="cpu", stall_exit_s=0, **changes)
-
-

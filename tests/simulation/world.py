@@ -75,7 +75,8 @@ class World:
         self.loop = VirtualLoop(self)
         self.loop.set_exception_handler(self._on_exception)
         self.counts: Counter[str] = Counter()
-        self._hash, self._events = hashlib.blake2b(digest_size=16), deque[Any](maxlen=None if keeps_all else _KEPT_EVENTS)
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._events: deque[Any] = deque(maxlen=None if keeps_all else _KEPT_EVENTS)
         self.num_steps = self.num_answers = self.num_downs = 0
         self.is_over = self.is_calm = False
         self.laws = Laws(self)
@@ -312,14 +313,14 @@ class World:
         playing = [asyncio.create_task(client.play()) for client in self.clients]
         watching = asyncio.create_task(self._watch())
         nemesis = asyncio.create_task(self._trouble())
-        while self.num_steps < self._target and not all(task.done() for task in playing):
+        while self.num_steps < self._target and not all(task.done() for task in playing):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         nemesis.cancel()
         self._heal()
         self.trace("calm")
         for client in self.clients:
             client.is_last = True
-        done, waiting = await asyncio.wait(playing, timeout=_PATIENCE_S)
+        _, waiting = await asyncio.wait(playing, timeout=_PATIENCE_S)
         for task in playing:
             if task.done() and not task.cancelled() and task.exception() is not None:
                 self.laws.broken(laws.ERROR, f"a client ended with {task.exception()!r}")
@@ -403,7 +404,7 @@ class World:
             enough = self.num_steps + rng.choice((0, 10, 40))
             until_s = self.loop.now_s + 5.0
             await asyncio.sleep(rng.expovariate(1 / self.pause_s))
-            while self.num_steps < enough and self.loop.now_s < until_s:
+            while self.num_steps < enough and self.loop.now_s < until_s:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             rng.choices(list(acts), list(acts.values()))[0](rng)
 
@@ -459,7 +460,8 @@ class World:
         has_other_layout = rng.random() < 0.5
         self.count("other memory published" if has_other_layout else "other weights published")
         for version, weights in list(self.repository.versions.items()):
-            other = Weights(weights.number, weights.layout + "'") if has_other_layout else Weights(weights.number + 1000)
+            number, layout = weights.number, weights.layout
+            other = Weights(number, layout + "'") if has_other_layout else Weights(number + 1000, layout)
             self.repository.publish(version, other)
 
     def _storm(self, rng: random.Random) -> None:
