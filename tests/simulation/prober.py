@@ -6,6 +6,7 @@ It is written from policy.proto alone, so that the production client is not what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -67,7 +68,7 @@ class Prober(Client):
             if self.rng.random() < 0.2:
                 probe = self.rng.choice(
                     (self._repeat, self._skip, self._trespass, self._spoil, self._inspect, self._double, self._list,
-                     self._again, self._travel)
+                     self._again, self._travel, self._leave)
                 )  # fmt: skip
                 self.world.count(f"probe {probe.__name__[1:]}")
                 await probe()
@@ -370,6 +371,33 @@ class Prober(Client):
             # A server that was restarted has forgotten the export, or the session: the next step tells.
             if refused.reason not in ("SESSION_EXISTS", "SNAPSHOT_MISMATCH", "SESSION_UNKNOWN", "SESSION_EXPIRED"):
                 self._wrong(laws.ERROR, f"{chain.session_id}: {refused}")
+
+    async def _leave(self) -> None:
+        """Close while a step is under way, which is answered first where it came first."""
+        chain = self._chain
+        if chain is None or not chain.index:
+            return
+        self._chain = None
+        self.world.closed_ids.add(chain.session_id)
+        seen, since_s = self.seen(), self.world.loop.now_s
+        step = _request(chain.session_id, chain.index, seen, False)
+        close = pb.CloseSessionRequest(session_id=chain.session_id)
+        reply, closed = await asyncio.gather(
+            self._call("Step", step), self._call("CloseSession", close), return_exceptions=True
+        )
+        for outcome in (reply, closed):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, Refused):
+                raise outcome
+        if isinstance(reply, pb.StepResponse):
+            self.world.laws.stepped(
+                chain, seen, False, since_s, index=reply.step_index, version=reply.version,
+                action=int(array_from_wire(reply.action)), value=reply.value, durable=None,
+            )  # fmt: skip
+        if isinstance(closed, pb.CloseSessionResponse) and not 0 <= closed.num_steps <= chain.index + 1:
+            self._wrong(laws.ORDER, f"closed after {closed.num_steps} steps, expected {chain.index}")
+        if isinstance(closed, Refused):
+            with contextlib.suppress(Refused):
+                await self._insist("CloseSession", close)
 
     async def _close(self) -> None:
         chain, self._chain = self._chain, None

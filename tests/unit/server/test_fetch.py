@@ -41,10 +41,12 @@ class Shelf:
 
     def __init__(self) -> None:
         self.kept: dict[int, StoredSession] = {}
+        self.ended: list[tuple[int, int]] = []
         self.num_reads = 0
         self.fails = False
 
     def write(self, sessions: Sequence[StoredSession], ended: Iterable[tuple[int, int]]) -> set[int]:
+        self.ended += ended
         return set()
 
     def read(self, session_ids: Iterable[int]) -> list[StoredSession]:
@@ -158,3 +160,14 @@ async def test_a_session_that_was_idle_here_only_comes_back() -> None:
     await library.durability.fetch([7, 8])
     assert 7 in sessions and sessions.next_index[sessions.slot_of(7)] == 3
     assert 8 not in sessions, "nobody went on with it: it has expired"
+
+
+async def test_what_cannot_be_read_is_dropped_but_not_what_another_server_has_stored_since() -> None:
+    library = Library()
+    library.put(7, num_steps=3)
+    library.shelf.kept[7] = library.shelf.kept[7]._replace(snapshot=b"torn")
+    await library.durability.fetch([7])
+    assert 7 not in library.policy.sessions
+    library.durability.begin(7)
+    await library.durability.flush()
+    assert library.shelf.ended == [(7, 3)], "a store keeps what has more steps"
