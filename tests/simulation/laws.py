@@ -34,8 +34,11 @@ class BrokenLawError(Exception):
     """A history that must not be."""
 
     def __init__(self, law: str, text: str) -> None:
-        super().__init__(f"{law}: {text}")
-        self.law = law
+        super().__init__(law, text)
+        self.law, self.text = law, text
+
+    def __str__(self) -> str:
+        return f"{self.law}: {self.text}"
 
 
 @dataclass
