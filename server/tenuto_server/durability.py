@@ -240,12 +240,16 @@ class Durability:
                 return
             for stored in found:
                 if self._is_served(stored):
-                    num_restored += await self._restore(stored)
+                    try:
+                        num_restored += await self._restore(stored)
+                    except Refusal:
+                        # There is no room: it goes on waiting, too.
+                        continue
                     self._waiting.discard(stored.session_id)
         took_s = self._clock() - began_s
         log.info("restored %d of %d sessions in %.2f s", num_restored, len(ids), took_s)
         if self._waiting:
-            log.warning("%d sessions wait for their policy to be served", len(self._waiting))
+            log.warning("%d sessions wait for room, or for their policy to be served", len(self._waiting))
 
     def _is_served(self, stored: StoredSession) -> bool:
         """Whether the session's policy is served; also where there is no policy to wait for."""
@@ -257,7 +261,8 @@ class Durability:
     async def fetch(self, session_ids: Iterable[int]) -> None:
         """Go on with those of some sessions that are in a shared store, and further there than here.
 
-        Raises Refusal (STORE_UNAVAILABLE) where the store does not answer, or one of them cannot be restored yet.
+        Raises Refusal: STORE_UNAVAILABLE where the store does not answer, or one of them cannot be restored yet;
+        CAPACITY_REACHED where there is no room for one.
         """
         if not self.is_shared:
             if not self._waiting.isdisjoint(session_ids):
@@ -312,9 +317,12 @@ class Durability:
         return True
 
     async def _restore(self, stored: StoredSession) -> bool:
+        """Go on with a session; returns whether it can. Raises Refusal where there is no room for it just now."""
         try:
             policy, slot = await self._snapshotter.adopt(from_stored(stored.snapshot))
         except (SnapshotError, Refusal) as error:
+            if error.reason == pb.CAPACITY_REACHED:
+                raise
             reason = pb.ErrorReason.Name(error.reason).lower()
             self._metrics.snapshots_refused.labels(reason).inc()
             log.error("session %d is not restored: %s", stored.session_id, error)

@@ -348,6 +348,8 @@ class World:
                     self.laws.require(not left, laws.SAVED, f"{left} sessions of {process.name} are not saved")
         if self.is_durable:
             for chain in (chain for client in self.clients for chain in client.chains() if chain.index):
+                if self.loop.now_s - chain.last_s > self.idle_timeout_s - 1.0:
+                    continue
                 there = self.disk.num_steps(chain.session_id)
                 self.laws.require(
                     there == chain.index, laws.SAVED, f"session {chain.session_id}: {there} steps, of {chain.index}"

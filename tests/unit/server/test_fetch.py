@@ -56,7 +56,7 @@ class Shelf:
         return [self.kept[i] for i in session_ids if i in self.kept]
 
     def session_ids(self) -> list[int]:
-        raise NotImplementedError
+        return sorted(self.kept)
 
     def close(self) -> None:
         pass
@@ -65,10 +65,10 @@ class Shelf:
 class Library:
     """A server's sessions, and a store that answers when the test says so."""
 
-    def __init__(self, *, is_served: bool = True) -> None:
+    def __init__(self, *, is_served: bool = True, capacity: int = 10) -> None:
         self.engine, self.registry, self.shelf = Engineless(), PolicyRegistry(), Shelf()
         checkpoint = Checkpoint("a", 1, small_policy("frameconv"), TrainingProgress(), 0.0, "")
-        self.policy = ServedPolicy(checkpoint, self.engine, 10, server_epoch=1)
+        self.policy = ServedPolicy(checkpoint, self.engine, capacity, server_epoch=1)
         self.policy.versions[1] = self.policy.prepare(checkpoint, self.engine)
         if is_served:
             self.registry.add(self.policy)
@@ -171,3 +171,33 @@ async def test_what_cannot_be_read_is_dropped_but_not_what_another_server_has_st
     library.durability.begin(7)
     await library.durability.flush()
     assert library.shelf.ended == [(7, 3)], "a store keeps what has more steps"
+
+
+async def test_a_session_for_which_there_is_no_room_is_not_unknown() -> None:
+    library = Library(capacity=1)
+    sessions = library.policy.sessions
+    slot = sessions.open(9, SessionOptions(0, 0, False), 0.0)
+    library.put(7)
+    with pytest.raises(Refusal) as refused:
+        await library.durability.fetch([7])
+    assert refused.value.reason == pb.CAPACITY_REACHED
+    sessions.end(slot, pb.SESSION_CLOSED)
+    await library.durability.fetch([7])
+    assert 7 in sessions
+
+
+async def test_a_restarted_server_restores_later_what_it_has_no_room_for() -> None:
+    library = Library(capacity=1)
+    library.shelf.is_shared = False
+    library.put(7)
+    library.put(8)
+    await library.durability.prepare()
+    await library.durability.restore()
+    sessions = library.policy.sessions
+    assert 7 in sessions and 8 not in sessions
+    with pytest.raises(Refusal) as refused:
+        await library.durability.fetch([8])
+    assert refused.value.reason == pb.STORE_UNAVAILABLE
+    sessions.end(sessions.slot_of(7), pb.SESSION_EXPIRED)
+    await library.durability.restore()
+    assert 8 in sessions
