@@ -120,6 +120,8 @@ class Laws:
             self.require(response.step_index == request.step_index, ORDER, f"asked {request}, got {response}")
         elif method in ("StepBatch", "StepStream"):
             failed = {error.row for error in response.errors}
+            for error in response.errors:
+                self._failed(process, method, pb.ErrorReason.Name(error.error.reason))
             n = len(request.session_ids)
             size = len(response.actions.data) // n if n else 0
             durable_steps = response.durable_steps or [0] * n
@@ -158,7 +160,13 @@ class Laws:
 
     def refused(self, process: Any, method: str, request: Any, trailing: Any) -> None:
         """Each refusal of a unary call."""
-        self.world.trace("refused", process.name, method, reason_of(trailing))
+        reason = reason_of(trailing)
+        self.world.trace("refused", process.name, method, reason)
+        self._failed(process, method, reason)
+
+    def _failed(self, process: Any, method: str, reason: str) -> None:
+        if reason == "COMPUTE_FAILED" and not self.world.may_fail:
+            self.broken(ERROR, f"{method} at {process.name}: {reason}, and nothing fails here")
 
     def stopped(self, process: Any, methods: list[str]) -> None:
         """A server that has stopped has answered everybody."""

@@ -18,6 +18,7 @@ from simulation import laws
 from simulation.clients import Client
 from simulation.laws import Chain, reason_of
 from simulation.rolling import observe
+from tenuto_client.errors import ReplayMismatchError
 from tenuto_proto import array_from_wire, array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
@@ -190,7 +191,7 @@ class Prober(Client):
                 self._wrong(laws.ERROR, f"replay of step {index}: {again}")
                 return True
             if not self._is_same(reply, told):
-                world.laws.lost(chain, refused, f"step {index} was answered otherwise")
+                world.laws.lost(chain, ReplayMismatchError(f"step {index} was answered otherwise"))
                 return False
         return True
 
@@ -276,7 +277,9 @@ class Prober(Client):
             return
         try:
             reply = await self._call("ListSessions", pb.ListSessionsRequest(page_size=1000))
-        except Refused:
+        except Refused as refused:
+            if refused.reason not in _PASSES:
+                self._wrong(laws.ERROR, f"ListSessions: {refused}")
             return
         others = {c.session_id for client in self.world.clients if client.principal != self.principal
                   for c in client.chains()}  # fmt: skip
@@ -415,6 +418,7 @@ class Prober(Client):
                 self._wrong(laws.LOST, f"CloseSession: {refused}")
             return
         if epoch == self.world.num_downs:
+            self.world.closed.append((chain.session_id, epoch))
             if again != reply:
                 self._wrong(laws.REPEAT, f"closed twice: {reply}, then {again}")
             if reply.num_steps > chain.index:

@@ -30,7 +30,7 @@ from simulation.loop import PROCESS, Crash, StuckError, VirtualLoop
 from simulation.network import BALANCER, Network
 from simulation.prober import Prober
 from simulation.rolling import Weights
-from tenuto_client.errors import SessionExpiredError
+from tenuto_client.errors import ReplayMismatchError, SessionExpiredError
 from tenuto_server.principals import Entry, Principal, to_text
 
 FAILPOINTS = ("before_scatter", "after_scatter", "before_snapshot_commit", "after_snapshot_commit",
@@ -83,6 +83,8 @@ class World:
         self.network = Network(self)
         self.repository = servers.Repository(self.loop.time)
         self.closed_ids: set[int] = set()
+        self.closed: list[tuple[int, int]] = []
+        """Sessions whose end was acknowledged, and how many servers had gone down by then."""
         self._swapped_s = -1.0
         """When what had been published was last replaced by something else."""
         self._armed: dict[str, int] = {}
@@ -240,6 +242,11 @@ class World:
                 host.crash(why)
 
     @property
+    def may_fail(self) -> bool:
+        """Whether forward passes fail here."""
+        return self.failure_rate > 0 or self._not_finite > 0
+
+    @property
     def has_swapped(self) -> bool:
         """Whether what had been published was replaced."""
         return self._swapped_s > 0
@@ -250,9 +257,11 @@ class World:
             return self.loop.now_s - chain.last_s > self.idle_timeout_s - 1.0
         if not self.is_durable:
             return self.num_downs > chain.num_downs
-        if error is None and (self.failure_rate or self._not_finite or self.num_downs > chain.num_downs):
+        if error is None and (self.may_fail or self.num_downs > chain.num_downs):
             # An episode begins in a new session where the old one cannot be replayed, or not soon enough.
             return True
+        if isinstance(error, ReplayMismatchError):
+            return chain.born_s <= self._swapped_s
         return chain.session_id in self.disk.torn or chain.born_s <= self._swapped_s
 
     def _on_exception(self, loop: Any, context: dict[str, Any]) -> None:
@@ -359,6 +368,7 @@ class World:
             await client.close()
         await asyncio.sleep(2.0)
         if self.is_durable and not self.is_shared:
+            closed += [i for i, num_downs in self.closed if num_downs == self.num_downs]
             kept = [i for i in closed if self.disk.num_steps(i) >= 0]
             self.laws.require(not kept, laws.SAVED, f"sessions {kept} are closed, and still in the store")
 
@@ -401,6 +411,12 @@ class World:
             self._publish: 2, self._storm: 1, self._balance: 4 if self.is_shared else 0,
             self._swap: 2 if self._swaps else 0,
         }  # fmt: skip
+        if self._swaps and rng.random() < 0.5:
+            # Before anything is stored.
+            self.disk.fails = True
+            await asyncio.sleep(rng.uniform(0.05, 0.5))
+            self.disk.fails = False
+            self._swap(rng)
         while True:
             # Somebody shall get on in between.
             enough = self.num_steps + rng.choice((0, 10, 40))
@@ -415,7 +431,7 @@ class World:
         name = rng.choice(FAILPOINTS)
         self._armed.setdefault(name, rng.choice((0, 0, 1, 5, 20)))
         if name == "before_snapshot_commit":
-            self.disk.tears = rng.random() < 0.3
+            self.disk.tears = rng.random() < 0.6
 
     def _crash(self, rng: random.Random) -> None:
         rng.choice(self.hosts).crash("power")
