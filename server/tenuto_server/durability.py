@@ -195,8 +195,10 @@ class Durability:
         same = sessions.pool.generation[group.slots] == group.generations
         if overtaken:
             newer = np.isin(group.table["session_id"], np.array(list(overtaken), np.uint64))
-            # Another server goes on with them; what is here is old, and read again when it is asked for.
-            for slot in group.slots[same & newer & ~sessions.busy[group.slots]].tolist():
+            # Another server goes on with them; what is here is old, and read again when it is asked for. Unless it has
+            # moved on since: then the next write tells.
+            rests = ~sessions.busy[group.slots] & (sessions.next_index[group.slots] == group.num_steps)
+            for slot in group.slots[same & newer & rests].tolist():
                 sessions.forget(slot)
             same &= ~newer
         sessions.durable_index[group.slots[same]] = group.num_steps[same]

@@ -42,12 +42,14 @@ class Shelf:
     def __init__(self) -> None:
         self.kept: dict[int, StoredSession] = {}
         self.ended: list[tuple[int, int]] = []
+        self.overtakes: set[int] = set()
+        """Sessions of which another server has stored more steps."""
         self.num_reads = 0
         self.fails = False
 
     def write(self, sessions: Sequence[StoredSession], ended: Iterable[tuple[int, int]]) -> set[int]:
         self.ended += ended
-        return set()
+        return self.overtakes & {session.session_id for session in sessions}
 
     def read(self, session_ids: Iterable[int]) -> list[StoredSession]:
         self.num_reads += 1
@@ -201,3 +203,21 @@ async def test_a_restarted_server_restores_later_what_it_has_no_room_for() -> No
     sessions.end(sessions.slot_of(7), pb.SESSION_EXPIRED)
     await library.durability.restore()
     assert 8 in sessions
+
+
+async def test_a_copy_that_went_on_while_it_was_written_is_not_dropped_as_old() -> None:
+    library = Library()
+    sessions = library.policy.sessions
+    library.put(7, num_steps=3)
+    await library.durability.fetch([7])
+    slot = sessions.slot_of(7)
+    sessions.next_index[slot], library.shelf.overtakes = 4, {7}
+    library.gate.clear()
+    writing = asyncio.create_task(library.durability.flush())
+    await asyncio.sleep(0)
+    sessions.next_index[slot] = 6
+    library.gate.set()
+    await writing
+    assert 7 in sessions and sessions.num_changed() == 1
+    await library.durability.flush()
+    assert 7 not in sessions, "another server is further: it is read again when it is asked for"
