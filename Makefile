@@ -51,6 +51,13 @@ test: install lint types drift  ## Install, then lint, types, drift of generated
 	$(BIN)/python deploy/image/warm.py
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
+.PHONY: simulate mutations
+simulate: install  ## Simulate two million steps under faults, twenty to thirty minutes on two cores.
+	$(BIN)/python -W ignore tests/simulation/run.py --steps 2000000 --jobs 2
+
+mutations: install  ## Plant a bug in each law and let the simulator find it, some ten minutes.
+	$(BIN)/python -W ignore tests/simulation/mutations.py --jobs 2
+
 demo: install  ## Train, publish, serve and play, live in the terminal; a few minutes.
 	$(BIN)/python examples/demo/demo.py
 

@@ -163,7 +163,7 @@ class DurableRows:
     def refused(
         self, row: int, error: TenutoError, deadline: Deadline, maybe_applied: bool
     ) -> tuple[TenutoError, bool]:
-        """Note a refusal that steps which are sent again may mend. ``maybe_applied``: whether the row's step is perhaps.
+        """Note a refusal that steps which are sent again may mend. ``maybe_applied``: whether its step perhaps was.
 
         Returns the error, should it not be mended in time, and whether to try it; then at once, unless the row is
         :meth:`stalled`.

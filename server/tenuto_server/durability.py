@@ -40,7 +40,6 @@ _GROUP = 256
 """Sessions that the engine copies at once: a fraction of a millisecond."""
 _MAX_PAUSE_S = 5.0
 """Between two tries of a store that fails."""
-_NO_LIMIT = 2**62
 
 
 class VersionSource(Protocol):
@@ -122,8 +121,8 @@ class Durability:
         """Sessions to drop from the store, and how many steps they had."""
         self._waiting: set[int] = set()
         """Sessions in a store of this server's own that are still to be restored."""
-        self._refused: set[int] = set()
-        """Sessions in the store that this server cannot go on with."""
+        self._refused: dict[int, int] = {}
+        """Sessions in the store that this server cannot go on with, and how many steps they have there."""
         self._one_at_a_time = asyncio.Lock()
         self._fetching: dict[int, asyncio.Future[bool]] = {}
         """Sessions that are looked for in a shared store; whether that came to an end."""
@@ -145,8 +144,7 @@ class Durability:
     def begin(self, session_id: int) -> None:
         """A session begins from its first step on: what the store has of it and nobody could go on from is dropped."""
         if session_id in self._refused:
-            self._refused.discard(session_id)
-            self._ended[session_id] = _NO_LIMIT
+            self._ended[session_id] = self._refused.pop(session_id)
 
     def end(self, session_id: int, num_steps: int) -> None:
         """Drop a session from the store with the next group."""
@@ -199,8 +197,10 @@ class Durability:
         same = sessions.pool.generation[group.slots] == group.generations
         if overtaken:
             newer = np.isin(group.table["session_id"], np.array(list(overtaken), np.uint64))
-            # Another server goes on with them; what is here is old, and read again when it is asked for.
-            for slot in group.slots[same & newer & ~sessions.busy[group.slots]].tolist():
+            # Another server goes on with them; what is here is old, and read again when it is asked for. Unless it has
+            # moved on since: then the next write tells.
+            rests = ~sessions.busy[group.slots] & (sessions.next_index[group.slots] == group.num_steps)
+            for slot in group.slots[same & newer & rests].tolist():
                 sessions.forget(slot)
             same &= ~newer
         sessions.durable_index[group.slots[same]] = group.num_steps[same]
@@ -244,12 +244,16 @@ class Durability:
                 return
             for stored in found:
                 if self._is_served(stored):
-                    num_restored += await self._restore(stored)
+                    try:
+                        num_restored += await self._restore(stored)
+                    except Refusal:
+                        # There is no room: it goes on waiting, too.
+                        continue
                     self._waiting.discard(stored.session_id)
         took_s = self._clock() - began_s
         log.info("restored %d of %d sessions in %.2f s", num_restored, len(ids), took_s)
         if self._waiting:
-            log.warning("%d sessions wait for their policy to be served", len(self._waiting))
+            log.warning("%d sessions wait for room, or for their policy to be served", len(self._waiting))
 
     def _is_served(self, stored: StoredSession) -> bool:
         """Whether the session's policy is served; also where there is no policy to wait for."""
@@ -261,7 +265,8 @@ class Durability:
     async def fetch(self, session_ids: Iterable[int]) -> None:
         """Go on with those of some sessions that are in a shared store, and further there than here.
 
-        Raises Refusal (STORE_UNAVAILABLE) where the store does not answer, or one of them cannot be restored yet.
+        Raises Refusal: STORE_UNAVAILABLE where the store does not answer, or one of them cannot be restored yet;
+        CAPACITY_REACHED where there is no room for one.
         """
         if not self.is_shared:
             if not self._waiting.isdisjoint(session_ids):
@@ -316,13 +321,16 @@ class Durability:
         return True
 
     async def _restore(self, stored: StoredSession) -> bool:
+        """Go on with a session; returns whether it can. Raises Refusal where there is no room for it just now."""
         try:
             policy, slot = await self._snapshotter.adopt(from_stored(stored.snapshot))
         except (SnapshotError, Refusal) as error:
+            if error.reason == pb.CAPACITY_REACHED:
+                raise
             reason = pb.ErrorReason.Name(error.reason).lower()
             self._metrics.snapshots_refused.labels(reason).inc()
             log.error("session %d is not restored: %s", stored.session_id, error)
-            self._refused.add(stored.session_id)
+            self._refused[stored.session_id] = stored.num_steps
             return False
         policy.sessions.durable_index[slot] = stored.num_steps
         self._metrics.sessions_restored.labels(policy.name).inc()

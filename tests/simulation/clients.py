@@ -23,6 +23,7 @@ from tenuto_client.errors import (
     SessionGoneError,
     StepInFlightError,
     TenutoError,
+    VersionUnknownError,
 )
 from tenuto_client.options import PolicyOptions
 from tenuto_client.retry import Timing
@@ -46,9 +47,7 @@ class SimulatedPolicy(AsyncRemotePolicy):
 class SimulatedVectorPolicy(AsyncRemoteVectorPolicy):
     """As SimulatedPolicy."""
 
-    def __init__(
-        self, address: str, num_envs: int, options: PolicyOptions, *, stream: bool, token: str | None
-    ) -> None:
+    def __init__(self, address: str, num_envs: int, options: PolicyOptions, *, stream: bool, token: str | None) -> None:
         super().__init__(address, num_envs, transport="stream" if stream else "batch", token=token)
         self.rows = self._rows = SessionRows(options, num_envs)
 
@@ -125,10 +124,14 @@ class OneEnv(Client):
                 self._chain, self._unsettled, begins = None, None, True
             except TenutoError as error:
                 self._failed(error)
-                if error.outcome_unknown and not begins and self._chain is not None and self.rng.random() < 0.2:
-                    if self._unsettled is None:
+                if isinstance(error, VersionUnknownError) and self.world.has_swapped and not begins:
+                    # What was published was replaced: it will never be there again.
+                    if error.outcome_unknown and self._unsettled is None:
                         self._unsettled = seen
-                        seen = self.seen()
+                    begins = True
+                is_settled = self._unsettled is None and self._chain is not None
+                if error.outcome_unknown and not begins and is_settled and self.rng.random() < 0.2:
+                    self._unsettled, seen = seen, self.seen()
                 await asyncio.sleep(self.rng.random() * 0.1)
             else:
                 break
@@ -186,9 +189,11 @@ class ManyEnvs(Client):
 
     def __init__(self, world: Any, name: str, *, stream: bool) -> None:
         super().__init__(world, name)
-        self._n = self.num_sessions = self.rng.randint(2, 12)
+        self._n = self.num_sessions = self.rng.randint(2, 24)
         self.policy = SimulatedVectorPolicy(self.address, self._n, self.options(), stream=stream, token=self.token)
         self._chains: list[Chain | None] = [None] * self._n
+        self._unsettled: dict[int, tuple[int, int]] = {}
+        """As OneEnv's, by row."""
 
     def chains(self) -> Iterable[Chain]:
         ids = self.policy.session_ids
@@ -210,9 +215,7 @@ class ManyEnvs(Client):
         while todo.any():
             observations = np.stack([observe(*s) for s in seen])
             try:
-                result = await self.policy.step(
-                    observations, episode_starts=begins, mask=todo, raise_errors=False
-                )
+                result = await self.policy.step(observations, episode_starts=begins, mask=todo, raise_errors=False)
             except TenutoError as error:
                 self._failed(error)
                 await asyncio.sleep(self.rng.random() * 0.1)
@@ -225,6 +228,10 @@ class ManyEnvs(Client):
                     begins[row] = True
                 elif error is not None:
                     self._failed(error)
+                    if isinstance(error, VersionUnknownError) and world.has_swapped and not begins[row]:
+                        if error.outcome_unknown:
+                            self._unsettled[row] = seen[row]
+                        begins[row] = True
                 else:
                     self._took(row, seen[row], bool(begins[row]), since_s, num_downs, result)
                     todo[row] = False
@@ -236,9 +243,7 @@ class ManyEnvs(Client):
         if not isinstance(error, _PASSES):
             self.world.laws.broken(laws.ERROR, f"{self.name}: {error!r}")
 
-    def _took(
-        self, row: int, seen: tuple[int, int], begins: bool, since_s: float, num_downs: int, result: Any
-    ) -> None:
+    def _took(self, row: int, seen: tuple[int, int], begins: bool, since_s: float, num_downs: int, result: Any) -> None:
         session_id = self.policy.session_ids[row]
         chain = self._chains[row]
         if chain is not None and chain.session_id != session_id:
@@ -246,6 +251,9 @@ class ManyEnvs(Client):
             chain = None
         if chain is None:
             chain = self._chains[row] = Chain(session_id, session_id, num_downs=num_downs, born_s=since_s)
+        unsettled = self._unsettled.pop(row, None)
+        if unsettled is not None and chain.index and int(result.step_indices[row]) == chain.index + 1:
+            chain.apply(unsettled, False, [])
         self.world.laws.stepped(
             chain, seen, begins, since_s, index=int(result.step_indices[row]), version=int(result.versions[row]),
             action=int(result.actions[row]), value=float(result.values[row]),
@@ -255,5 +263,3 @@ class ManyEnvs(Client):
     async def close(self) -> None:
         self.world.closed_ids.update(self.policy.session_ids)
         await self.policy.close()
-
-

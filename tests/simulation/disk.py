@@ -53,7 +53,7 @@ class Disk:
         rng = self.world.rng_of("disk")
         for session in sessions[: rng.randint(1, len(sessions))]:
             data = bytearray(session.snapshot)
-            if rng.random() < 0.5:
+            if rng.random() < 0.3:
                 del data[rng.randrange(len(data)) :]
             else:
                 data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)

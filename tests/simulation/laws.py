@@ -1,7 +1,7 @@
 """The laws of a session, checked against everything that happens. Knows nothing of how tenuto keeps them.
 
-Two views: what a server answers, also where the answer is lost on its way, and what a client is told, which must be what
-an undisturbed run would have told it.
+Two views: what a server answers, also where the answer is lost on its way, and what a client is told, which must be
+what an undisturbed run would have told it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class BrokenLawError(Exception):
     """A history that must not be."""
 
     def __init__(self, law: str, text: str) -> None:
-        super().__init__(f"{law}: {text}")
-        self.law = law
+        super().__init__(law, text)
+        self.law, self.text = law, text
+
+    def __str__(self) -> str:
+        return f"{self.law}: {self.text}"
 
 
 @dataclass
@@ -94,16 +97,18 @@ class Laws:
         slots = rows.slots.tolist()
         if len(set(slots)) != len(slots):
             self.broken(SLOT, f"slots {slots}")
-        for session_id, index in zip(rows.session_ids.tolist(), rows.step_indices.tolist(), strict=True):
-            before = process.applied.get(session_id)
-            if before is not None and index != before + 1 and not (self.world.is_shared and index > before):
+        columns = _leases(rows), rows.step_indices.tolist(), rows.session_ids.tolist()
+        for lease, index, session_id in zip(*columns, strict=True):
+            before = process.applied.get(lease)
+            if before is not None and index != before + 1:
                 what = f"session {session_id} at {process.name}"
                 self.broken(ORDER, f"{what}: step {index} runs after step {before} was applied")
 
     def applied(self, process: Any, rows: Any, finite: Any) -> None:
         """Each batch, after its state is in the arena."""
-        for session_id, index in zip(rows.session_ids[finite].tolist(), rows.step_indices[finite].tolist(), strict=True):
-            process.applied[session_id] = index
+        for lease, index, is_applied in zip(_leases(rows), rows.step_indices.tolist(), finite.tolist(), strict=True):
+            if is_applied:
+                process.applied[lease] = index
 
     def replied(self, process: Any, method: str, request: Any, response: Any) -> None:
         """Each answer that a server gives."""
@@ -115,15 +120,15 @@ class Laws:
             self.require(response.step_index == request.step_index, ORDER, f"asked {request}, got {response}")
         elif method in ("StepBatch", "StepStream"):
             failed = {error.row for error in response.errors}
+            for error in response.errors:
+                self._failed(process, method, pb.ErrorReason.Name(error.error.reason))
             n = len(request.session_ids)
             size = len(response.actions.data) // n if n else 0
             durable_steps = response.durable_steps or [0] * n
             for row, (session_id, index) in enumerate(zip(request.session_ids, request.step_indices, strict=True)):
                 if row not in failed:
                     action = response.actions.data[row * size : (row + 1) * size]
-                    self._answered(
-                        process, session_id, index, response.versions[row], action, durable_steps[row], None
-                    )
+                    self._answered(process, session_id, index, response.versions[row], action, durable_steps[row], None)
 
     def _answered(
         self, process: Any, session_id: int, index: int, version: int, action: bytes, durable: int, times: Any
@@ -140,7 +145,11 @@ class Laws:
             self.require(same, REPEAT, f"{what}: got {version, action, times}, first {known[index]}")
         elif known:
             last = max(known)
-            self.require(index > last, ORDER, f"{what} comes after step {last}")
+            if index < last and world.is_shared:
+                # Another server went on with an older copy, stored more of it, and this one has taken that over.
+                known.clear()
+            else:
+                self.require(index > last, ORDER, f"{what} comes after step {last}")
             if len(known) > 3:
                 del known[min(known)]
         if world.is_durable and durable:
@@ -151,7 +160,13 @@ class Laws:
 
     def refused(self, process: Any, method: str, request: Any, trailing: Any) -> None:
         """Each refusal of a unary call."""
-        self.world.trace("refused", process.name, method, reason_of(trailing))
+        reason = reason_of(trailing)
+        self.world.trace("refused", process.name, method, reason)
+        self._failed(process, method, reason)
+
+    def _failed(self, process: Any, method: str, reason: str) -> None:
+        if reason == "COMPUTE_FAILED" and not self.world.may_fail:
+            self.broken(ERROR, f"{method} at {process.name}: {reason}, and nothing fails here")
 
     def stopped(self, process: Any, methods: list[str]) -> None:
         """A server that has stopped has answered everybody."""
@@ -210,6 +225,11 @@ class Laws:
             self.world.count("episode lost")
             return
         self.broken(LOST, f"session {chain.session_id} at step {chain.index}: {error!r} {why_not}")
+
+
+def _leases(rows: Any) -> list[tuple[int, int]]:
+    """What is one session's for as long as it stays in its slot."""
+    return list(zip(rows.slots.tolist(), rows.generations.tolist(), strict=True))
 
 
 def reason_of(trailing: Any) -> str:

@@ -1,4 +1,5 @@
-"""An event loop without a world: its clock jumps to the next timer, threads are delays, and processes can end at any line.
+"""An event loop without a world: its clock jumps to the next timer, threads are delays, and processes can end at any
+line.
 
 Everything that belongs to a simulated process runs in a context in which PROCESS names it. When it crashes, what it has
 scheduled is dropped and what it schedules afterwards never runs, so that the rest of its code is harmless.
@@ -7,8 +8,10 @@ scheduled is dropped and what it schedules afterwards never runs, so that the re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import heapq
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +32,8 @@ class Process:
         self.context = contextvars.copy_context()
         self.context.run(PROCESS.set, self)
         self.signals: dict[int, Callable[..., Any]] = {}
-        self.thread_free_s: dict[int, float] = {}
-        """Until when each of its executors is busy."""
+        self.threads: dict[int, deque[Any]] = {}
+        """By the id of an executor that is busy: what waits for it."""
 
     def start(self, coroutine: Any) -> asyncio.Task[Any]:
         """Run a coroutine as a part of this process."""
@@ -119,34 +122,51 @@ class VirtualLoop(asyncio.BaseEventLoop):
     # ------------------------------------------------------------------ threads and signals
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
-        """Run a function some time later, those of one executor one after the other, and tell of it later still."""
+        """Run a function some time later, those of one executor one after the other, and tell of it later still. One
+        that nobody waits for any more when its turn comes is not run.
+        """
         done: asyncio.Future[Any] = self.create_future()
+        work = contextvars.copy_context(), done, func, args
         process = PROCESS.get()
-        begins_s = self.now_s
-        if executor is not None and process is not None:
-            begins_s = max(begins_s, process.thread_free_s.get(id(executor), 0.0))
-        runs_s = begins_s + self.thread_delay_s()
-        ends_s = runs_s + self.thread_delay_s()
-        if executor is not None and process is not None:
-            process.thread_free_s[id(executor)] = ends_s
+        if executor is None or process is None:
+            self.call_later(self.thread_delay_s(), self._work, work, None)
+            return done
+        waiting = process.threads.get(id(executor))
+        if waiting is not None:
+            waiting.append(work)
+        else:
+            process.threads[id(executor)] = deque([work])
+            self._next_work(process, id(executor))
+        return done
 
-        def tell(error: BaseException | None, result: Any) -> None:
-            if done.done():
-                return
+    def _next_work(self, process: Process, thread: int) -> None:
+        waiting = process.threads[thread]
+        while waiting and waiting[0][1].cancelled():
+            waiting.popleft()
+        if waiting:
+            self.call_later(self.thread_delay_s(), self._work, waiting.popleft(), (process, thread))
+        else:
+            del process.threads[thread]
+
+    def _work(self, work: Any, thread: tuple[Process, int] | None) -> None:
+        context, done, func, args = work
+        outcome: tuple[BaseException | None, Any] = None, None
+        if not done.cancelled():
+            try:
+                outcome = None, context.run(func, *args)
+            except Exception as error:  # noqa: BLE001 (whoever waits hears of it)
+                outcome = error, None
+        self.call_later(self.thread_delay_s(), self._tell, done, outcome, thread)
+
+    def _tell(self, done: Any, outcome: tuple[BaseException | None, Any], thread: tuple[Process, int] | None) -> None:
+        error, result = outcome
+        if not done.done():
             if error is not None:
                 done.set_exception(error)
             else:
                 done.set_result(result)
-
-        def run() -> None:
-            try:
-                outcome = (None, func(*args))
-            except Exception as error:  # noqa: BLE001 (whoever waits hears of it)
-                outcome = (error, None)
-            self.call_at(ends_s, tell, *outcome)
-
-        self.call_at(runs_s, run)
-        return done
+        if thread is not None:
+            self._next_work(*thread)
 
     def add_signal_handler(self, sig: int, callback: Callable[..., Any], *args: Any) -> None:
         process = PROCESS.get()
@@ -177,8 +197,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             coroutine = task.get_coro()
             if coroutine.cr_running:
                 continue
-            try:
+            # Nobody is left whom it concerns.
+            with contextlib.suppress(BaseException):
                 coroutine.close()
-            except BaseException:  # noqa: BLE001, S110 (nobody is left whom it concerns)
-                pass
         self.close()

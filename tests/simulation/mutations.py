@@ -38,6 +38,8 @@ class Mutation:
     new: str
     expected: str
     """A law that it breaks; another one may say so first."""
+    store: str = ""
+    """Where it can show at all; empty: anywhere."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,6 @@ MUTATIONS = (
              "if owner is None:", "if True:", laws.PRIVATE),
     Mutation("what comes after the end is dropped", _SERVER + "batcher:Batcher.submit",
              'self._fail(tickets, Refusal(pb.DRAINING, "the server has stopped"))', "pass", laws.ANSWERED),
-    Mutation("a reply is forgotten on its way", _SERVER + "batcher:Batcher._settle",
-             "for waiter in ticket.waiters:", "for waiter in ticket.waiters[:1]:", laws.ANSWERED),
     Mutation("a snapshot is read while a batch runs", _SERVER + "durability:Snapshotter.take",
              "return await self._engine.call_then(lambda: policy.arena.read_rows(slots), group)",
              "rows = policy.arena.read_rows(slots)\n    return await self._engine.call_then(lambda: rows, group)",
@@ -111,7 +111,7 @@ MUTATIONS = (
              "policy.sessions.durable_index[group.slots] = group.num_steps\n    overtaken = await self._write(group)",
              laws.DURABLE),
     Mutation("the store goes back", _SERVER + "store:SQLiteStore._put",
-             " WHERE num_steps <= excluded.num_steps", "", laws.DURABLE),
+             " WHERE num_steps <= excluded.num_steps", "", laws.DURABLE, "shared file"),
     Mutation("a torn snapshot is accepted", _SERVER + "snapshots:unseal",
              "if hashlib.sha256(sealed.snapshot).digest() != sealed.sha256:", "if False:", laws.SAME),
     Mutation("other weights are accepted", _SERVER + "snapshots:check_fit",
@@ -144,7 +144,8 @@ MUTATIONS = (
              "np.maximum(self.first_kept[rows], durable_steps)",
              "np.maximum(self.first_kept[rows], durable_steps + (durable_steps > 0))", laws.LOST),
     Mutation("the vector client gives up where another server was faster", _CLIENT + "durable_rows:DurableRows.refused",
-             "if maybe_applied and cursor < step_index and expected == step_index + 1:", "if False:", laws.ERROR),
+             "if maybe_applied and cursor < step_index and expected == step_index + 1:", "if False:", laws.ERROR,
+             "shared"),
 )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def planted(mutation: Mutation) -> Generator[None]:
     source = textwrap.dedent(inspect.getsource(original))
     assert source.count(mutation.old) == 1, f"{mutation.name}: {source.count(mutation.old)} places in {mutation.target}"
     found: dict[str, Any] = {}
-    exec(compile(_replaced(source, mutation), module.__file__, "exec"), module.__dict__, found)  # noqa: S102
+    exec(compile(_replaced(source, mutation), module.__file__, "exec"), module.__dict__, found)
     # A function may have been imported by name.
     places = [owner] if owners else [m for n, m in sys.modules.items() if n.startswith("tenuto_") and m is not None]
     places = [place for place in places if getattr(place, name, None) is original]
@@ -187,7 +188,7 @@ def hunt(mutation: Mutation, max_steps: int, num_steps: int = 600) -> Found:
     began_s, steps, seed = time.monotonic(), 0, 0
     with planted(mutation):
         while steps < max_steps:
-            result = simulate(seed, num_steps)
+            result = simulate(seed, num_steps, store=mutation.store)
             steps += max(result.num_steps, 1)
             if result.error is not None:
                 return Found(result.error.law, str(result.error), seed, steps, time.monotonic() - began_s)

@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from simulation.loop import Process
 from tenuto_proto.v1 import policy_pb2 as pb
 
 _EOF: Any = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue]
@@ -317,8 +316,14 @@ class StreamCall:
         self.is_left = False
         self.up, self.down = Pipe(network), Pipe(network)
         self._task: asyncio.Task[None] | None = None
+        self.requests: dict[int, tuple[Any, float]] = {}
+        """What the server has read and not answered, and when it read it."""
         channel.calls[self] = None
         network.later(network.delay(), self._arrive)
+
+    def has_waited(self, seconds: float) -> bool:
+        """Whether a request has not been answered for so long."""
+        return any(since_s < self.network.loop.now_s - seconds for _, since_s in self.requests.values())
 
     async def write(self, request: Any) -> None:
         if self.down.end is not None or self.is_left:
@@ -380,20 +385,20 @@ class StreamContext(Context):
 
     def __init__(self, call: StreamCall, process: Any) -> None:
         super().__init__(call, process, None)
-        self._requests: dict[int, Any] = {}
+        self._requests = call.requests
 
     async def read(self) -> Any:
         got = await self._call.up.receive()
         if got is _EOF:
             return got
         request = pb.StepBatchRequest.FromString(got)
-        self._requests[request.request_id] = request
+        self._requests[request.request_id] = request, self._process.loop.now_s
         return request
 
     async def write(self, response: Any) -> None:
         if self._process.is_dead:
             return
-        world, request = self._call.network.world, self._requests.pop(response.request_id)
+        world, (request, _) = self._call.network.world, self._requests.pop(response.request_id)
         if not response.HasField("error"):
             world.laws.replied(self._process, "StepStream", request, response)
         self._call.down.send(response.SerializeToString())
@@ -412,11 +417,11 @@ class ListeningServer:
         process = self._process
         process.is_listening = False
         end_s = process.loop.now_s + grace_s
-        while any(isinstance(call, UnaryCall) for call in process.calls) and process.loop.now_s < end_s:
+        while process.calls and process.loop.now_s < end_s:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        process.world.laws.stopped(process, [c.method for c in process.calls if isinstance(c, UnaryCall)])
+        unanswered = [c.method for c in process.calls if isinstance(c, UnaryCall)]
+        unanswered += ["StepStream" for c in process.calls if isinstance(c, StreamCall) and c.has_waited(0.5)]
+        process.world.laws.stopped(process, unanswered)
         for call in list(process.calls):
             call.leave(0.0)
             call.fail("the server has stopped")
-
-

@@ -6,6 +6,7 @@ It is written from policy.proto alone, so that the production client is not what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from simulation import laws
 from simulation.clients import Client
 from simulation.laws import Chain, reason_of
 from simulation.rolling import observe
+from tenuto_client.errors import ReplayMismatchError
 from tenuto_proto import array_from_wire, array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_proto.v1.policy_pb2_grpc import PolicyServiceStub
@@ -67,7 +69,7 @@ class Prober(Client):
             if self.rng.random() < 0.2:
                 probe = self.rng.choice(
                     (self._repeat, self._skip, self._trespass, self._spoil, self._inspect, self._double, self._list,
-                     self._again, self._travel)
+                     self._again, self._travel, self._leave)
                 )  # fmt: skip
                 self.world.count(f"probe {probe.__name__[1:]}")
                 await probe()
@@ -189,7 +191,7 @@ class Prober(Client):
                 self._wrong(laws.ERROR, f"replay of step {index}: {again}")
                 return True
             if not self._is_same(reply, told):
-                world.laws.lost(chain, refused, f"step {index} was answered otherwise")
+                world.laws.lost(chain, ReplayMismatchError(f"step {index} was answered otherwise"))
                 return False
         return True
 
@@ -243,6 +245,9 @@ class Prober(Client):
         if not others:
             return
         chain = self.rng.choice(others)
+        if self._chain is not None and self.rng.random() < 0.5:
+            await self._smuggle(self._chain, chain)
+            return
         method, request = self.rng.choice((
             ("Step", _request(chain.session_id, chain.index, self.seen(), False)),
             ("InspectSession", pb.InspectSessionRequest(session_id=chain.session_id)),
@@ -251,13 +256,30 @@ class Prober(Client):
         ))  # fmt: skip
         await self._must_fail(method, request, laws.PRIVATE, {"SESSION_UNKNOWN"})
 
+    async def _smuggle(self, own: Chain, other: Chain) -> None:
+        """The session of somebody else, in a batch beside one that is ours."""
+        observations = np.stack([observe(*self.seen()), observe(*self.seen())])
+        request = pb.StepBatchRequest(
+            session_ids=[own.session_id, other.session_id], step_indices=[own.index + 10**6, other.index],
+            observations=[pb.NamedTensor(name="observation", tensor=array_to_wire(observations))],
+        )  # fmt: skip
+        try:
+            reply = await self._call("StepBatch", request)
+        except Refused:
+            return
+        reasons = {error.row: pb.ErrorReason.Name(error.error.reason) for error in reply.errors}
+        if reasons.get(1) not in {"SESSION_UNKNOWN", *_PASSES}:
+            self._wrong(laws.PRIVATE, f"a batch with session {other.session_id} of somebody else: {reply}")
+
     async def _list(self) -> None:
         """All that there are."""
         if self.token is None:
             return
         try:
             reply = await self._call("ListSessions", pb.ListSessionsRequest(page_size=1000))
-        except Refused:
+        except Refused as refused:
+            if refused.reason not in _PASSES:
+                self._wrong(laws.ERROR, f"ListSessions: {refused}")
             return
         others = {c.session_id for client in self.world.clients if client.principal != self.principal
                   for c in client.chains()}  # fmt: skip
@@ -353,6 +375,33 @@ class Prober(Client):
             if refused.reason not in ("SESSION_EXISTS", "SNAPSHOT_MISMATCH", "SESSION_UNKNOWN", "SESSION_EXPIRED"):
                 self._wrong(laws.ERROR, f"{chain.session_id}: {refused}")
 
+    async def _leave(self) -> None:
+        """Close while a step is under way, which is answered first where it came first."""
+        chain = self._chain
+        if chain is None or not chain.index:
+            return
+        self._chain = None
+        self.world.closed_ids.add(chain.session_id)
+        seen, since_s = self.seen(), self.world.loop.now_s
+        step = _request(chain.session_id, chain.index, seen, False)
+        close = pb.CloseSessionRequest(session_id=chain.session_id)
+        reply, closed = await asyncio.gather(
+            self._call("Step", step), self._call("CloseSession", close), return_exceptions=True
+        )
+        for outcome in (reply, closed):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, Refused):
+                raise outcome
+        if isinstance(reply, pb.StepResponse):
+            self.world.laws.stepped(
+                chain, seen, False, since_s, index=reply.step_index, version=reply.version,
+                action=int(array_from_wire(reply.action)), value=reply.value, durable=None,
+            )  # fmt: skip
+        if isinstance(closed, pb.CloseSessionResponse) and not 0 <= closed.num_steps <= chain.index + 1:
+            self._wrong(laws.ORDER, f"closed after {closed.num_steps} steps, expected {chain.index}")
+        if isinstance(closed, Refused):
+            with contextlib.suppress(Refused):
+                await self._insist("CloseSession", close)
+
     async def _close(self) -> None:
         chain, self._chain = self._chain, None
         if chain is None:
@@ -369,7 +418,9 @@ class Prober(Client):
                 self._wrong(laws.LOST, f"CloseSession: {refused}")
             return
         if epoch == self.world.num_downs:
-            if again != reply:
+            self.world.closed.append((chain.session_id, epoch))
+            # Another server that shares the store may have an older copy, and does not know that it was closed.
+            if again != reply and not self.world.is_shared:
                 self._wrong(laws.REPEAT, f"closed twice: {reply}, then {again}")
             if reply.num_steps > chain.index:
                 self._wrong(laws.ORDER, f"closed after {reply.num_steps} steps, expected {chain.index}")

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=NUM_STEPS, help="steps of a seed")
     parser.add_argument("--store", choices=list(STORES), default="", help="with this kind of store only")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these at the latest")
     parser.add_argument("--until-fail", action="store_true", help="stop at the first law that is broken")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event and what was logged")
     arguments = parser.parse_args()
@@ -96,7 +97,8 @@ def _simulate(arguments: argparse.Namespace, console: Console) -> list[Result]:
             rate = num_steps / (time.monotonic() - began_s)
             more = f"{len(done):,} seeds, {rate:,.0f} steps/s, {counts['crash']:,} crashes, {len(failed)} failures"
             progress.update(bar, completed=num_steps, more=more)
-            is_enough = num_steps >= arguments.steps or (failed and arguments.until_fail)
+            is_late = time.monotonic() - began_s > 60 * arguments.minutes
+            is_enough = num_steps >= arguments.steps or is_late or (failed and arguments.until_fail)
             if not is_enough:
                 running |= {submit() for _ in finished}
     _tell(done, counts, num_steps, time.monotonic() - began_s, console)
@@ -111,17 +113,16 @@ def _tell(done: list[Result], counts: Counter[str], num_steps: int, took_s: floa
     console.print(table)
     virtual_s = sum(result.virtual_s for result in done)
     rate = f", {num_steps / took_s:,.0f} steps/s" if took_s else ""
+    num_answers = sum(result.num_answers for result in done)
     console.print(
-        f"{len(done):,} seeds, {num_steps:,} steps of clients, {sum(r.num_answers for r in done):,} answers of servers, "
+        f"{len(done):,} seeds, {num_steps:,} steps of clients, {num_answers:,} answers of servers, "
         f"{virtual_s:,.0f} simulated seconds in {took_s:,.0f} s{rate}"
     )
     if len(done) == 1:
         console.print(f"digest {done[0].digest}")
 
 
-def _explain(
-    result: Result, arguments: argparse.Namespace, console: Console, *, with_events: bool = True
-) -> None:
+def _explain(result: Result, arguments: argparse.Namespace, console: Console, *, with_events: bool = True) -> None:
     """Say which law was broken, what happened last, and how to see it again."""
     console.rule(f"seed {result.seed}")
     for event in result.events[-_SHOWN_EVENTS:] if with_events else []:

@@ -1,14 +1,15 @@
-"""The production server in a simulated process: :class:`tenuto_server.main.Server` as it is, with its own wiring, sweeps
-and drain, over an outside world that :func:`outside` puts in the place of the real one.
+"""The production server in a simulated process: :class:`tenuto_server.main.Server` as it is, with its own wiring,
+sweeps and drain, over an outside world that :func:`outside` puts in the place of the real one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from tenuto_server.arena import StateArena
 from tenuto_server.config import ServerConfig
 from tenuto_server.engine import Engine
 from tenuto_server.guard import guarded
+from tenuto_server.metrics import Metrics
 
 POLICY = "policy"
 
@@ -65,9 +67,7 @@ class Repository:
 class VirtualEngine(Engine):
     """The production engine, whose thread is two delays: until it takes a job, and until the loop hears of it."""
 
-    def __init__(
-        self, device: torch.device, buckets: Any, threads: int = 1, *, deterministic: bool = False
-    ) -> None:
+    def __init__(self, device: torch.device, buckets: Any, threads: int = 1, *, deterministic: bool = False) -> None:
         self.device, self._buckets, self._threads, self._deterministic = device, tuple(buckets), threads, deterministic
         self._num_under_way = 0
         self._waiting: deque[tuple[Any, Any]] = deque()
@@ -137,8 +137,8 @@ class ServerProcess(Process):
         self.server: SimulatedServer | None = None
         self.calls: dict[Any, None] = {}
         """Under way here."""
-        self.applied: dict[int, int] = {}
-        """Session -> the last of its steps whose state was stored here."""
+        self.applied: dict[tuple[int, int], int] = {}
+        """Slot and generation -> the last step whose state was stored there."""
         self.replies: dict[int, dict[int, Any]] = {}
         """What the laws remember of the last steps that were answered here: session -> index -> reply."""
 
@@ -190,8 +190,6 @@ class Host:
         if process is not None and process.signals:
             self.world.trace("SIGTERM", process.name)
             self.world.count("drain")
-            import signal
-
             self.world.loop.call_soon(process.signals[signal.SIGTERM], context=process.context)
 
     def _ended(self, process: ServerProcess, task: asyncio.Task[None]) -> None:
@@ -205,6 +203,12 @@ class Host:
         self.world.num_downs += 1
         self.world.loop.bury(process)
         self.world.network.later(self.world.restart_s(), self.start)
+
+
+@cache
+def _metrics(device: torch.device) -> Metrics:
+    """All servers count into the same: to declare every metric takes as long as a dozen steps."""
+    return Metrics(device)
 
 
 def _world() -> Any:
@@ -239,6 +243,7 @@ def outside() -> Generator[None]:
         (main_module, "time", clock),
         (main_module, "secrets", secrets),
         (main_module, "Engine", VirtualEngine),
+        (main_module, "Metrics", _metrics),
         (main_module, "open_store", lambda url, lifetime_s: _world().disk.open()),
         (main_module, "_end_at_once", _end_at_once),
         (reload_module, "awatch", _awatch),
@@ -265,5 +270,3 @@ def outside() -> Generator[None]:
 def config(folder: Path, **changes: Any) -> ServerConfig:
     """A server's configuration; nothing in ``folder`` is ever looked at."""
     return ServerConfig(repository=folder, device="cpu", stall_exit_s=0, **changes)
-
-

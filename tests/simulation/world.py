@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,15 @@ from simulation.loop import PROCESS, Crash, StuckError, VirtualLoop
 from simulation.network import BALANCER, Network
 from simulation.prober import Prober
 from simulation.rolling import Weights
-from tenuto_client.errors import SessionExpiredError
+from tenuto_client.errors import ReplayMismatchError, SessionExpiredError
 from tenuto_server.principals import Entry, Principal, to_text
 
 FAILPOINTS = ("before_scatter", "after_scatter", "before_snapshot_commit", "after_snapshot_commit",
               "between_reply_and_ack")  # fmt: skip
+FAULTS = ("request lost", "reply lost", "request doubled", "delayed", "connection cut", "host cut off", "storm",
+          "crash", "drain", "disk full", "write failed", "torn page", "forward failed", "result not finite",
+          "caller cancelled", "version published", "other weights published", "other memory published",
+          "rebalanced")  # fmt: skip
 STORES = {"memory": 8, "file": 2, "shared": 5, "shared file": 2, "none": 3}
 """Where sessions are kept, and how often."""
 _MAX_TURNS = 400
@@ -41,7 +46,7 @@ _MAX_TURNS = 400
 _PATIENCE_S = 120.0
 """Virtual seconds in which everybody gets on once the faults have stopped."""
 _KEPT_EVENTS = 400
-NUM_STEPS = 600
+NUM_STEPS = 1000
 """Of a run, all clients together."""
 
 
@@ -56,6 +61,7 @@ class Result:
     digest: str
     counts: Counter[str]
     error: BrokenLawError | None
+    store: str
     events: list[str] = field(default_factory=lambda: [])
     """The last ones; all of them where they were asked for."""
 
@@ -69,13 +75,16 @@ class World:
         self.loop = VirtualLoop(self)
         self.loop.set_exception_handler(self._on_exception)
         self.counts: Counter[str] = Counter()
-        self._hash, self._events = hashlib.blake2b(digest_size=16), deque[Any](maxlen=None if keeps_all else _KEPT_EVENTS)
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._events: deque[Any] = deque(maxlen=None if keeps_all else _KEPT_EVENTS)
         self.num_steps = self.num_answers = self.num_downs = 0
         self.is_over = self.is_calm = False
         self.laws = Laws(self)
         self.network = Network(self)
         self.repository = servers.Repository(self.loop.time)
         self.closed_ids: set[int] = set()
+        self.closed: list[tuple[int, int]] = []
+        """Sessions whose end was acknowledged, and how many servers had gone down by then."""
         self._swapped_s = -1.0
         """When what had been published was last replaced by something else."""
         self._armed: dict[str, int] = {}
@@ -120,14 +129,14 @@ class World:
             max_queue_delay_ms=rng.choice((5.0, 500.0)),
             queue_timeout_s=rng.choice((0.1, 10.0)),
             durability="" if self.store == "none" else "simulated:",
-            snapshot_interval_s=rng.choice((0.02, 0.1, 0.25)),
+            snapshot_interval_s=rng.choice((0.05, 0.1, 0.25)),
             drain_timeout_s=rng.choice((0.5, 5.0)),
             poll_s=1.0,
         )
         for host in self.hosts:
             host.config = config
         self.network.delay_s = rng.choice((1e-4, 1e-3))
-        self._swaps = self.is_durable and rng.random() < 0.25
+        self._swaps = self.is_durable and rng.random() < 0.3
         self.fault_rate = rng.choice((0.0, 0.01, 0.05))
         self.pause_s = rng.choice((0.1, 0.3, 1.0))
         """Between two acts of the nemesis."""
@@ -232,15 +241,27 @@ class World:
             if host.process is process and process is not None:
                 host.crash(why)
 
+    @property
+    def may_fail(self) -> bool:
+        """Whether forward passes fail here."""
+        return self.failure_rate > 0 or self._not_finite > 0
+
+    @property
+    def has_swapped(self) -> bool:
+        """Whether what had been published was replaced."""
+        return self._swapped_s > 0
+
     def may_lose(self, chain: Chain, error: Any) -> bool:
         """Whether a session may be gone."""
         if isinstance(error, SessionExpiredError) or getattr(error, "reason", "") == "SESSION_EXPIRED":
             return self.loop.now_s - chain.last_s > self.idle_timeout_s - 1.0
         if not self.is_durable:
             return self.num_downs > chain.num_downs
-        if error is None and (self.failure_rate or self._not_finite):
-            # An episode begins elsewhere where a replay of the one before it could not be computed.
+        if error is None and (self.may_fail or self.num_downs > chain.num_downs):
+            # An episode begins in a new session where the old one cannot be replayed, or not soon enough.
             return True
+        if isinstance(error, ReplayMismatchError):
+            return chain.born_s <= self._swapped_s
         return chain.session_id in self.disk.torn or chain.born_s <= self._swapped_s
 
     def _on_exception(self, loop: Any, context: dict[str, Any]) -> None:
@@ -268,7 +289,7 @@ class World:
             shutil.rmtree(self._folder)
         return Result(
             self.seed, self.num_steps, self.num_answers, self.loop.now_s - 1000.0, self._hash.hexdigest(), self.counts,
-            self.laws.error, [repr(event) for event in self._events],
+            self.laws.error, self.store, [repr(event) for event in self._events],
         )  # fmt: skip
 
     @contextmanager
@@ -301,14 +322,14 @@ class World:
         playing = [asyncio.create_task(client.play()) for client in self.clients]
         watching = asyncio.create_task(self._watch())
         nemesis = asyncio.create_task(self._trouble())
-        while self.num_steps < self._target and not all(task.done() for task in playing):
+        while self.num_steps < self._target and not all(task.done() for task in playing):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         nemesis.cancel()
         self._heal()
         self.trace("calm")
         for client in self.clients:
             client.is_last = True
-        done, waiting = await asyncio.wait(playing, timeout=_PATIENCE_S)
+        _, waiting = await asyncio.wait(playing, timeout=_PATIENCE_S)
         for task in playing:
             if task.done() and not task.cancelled() and task.exception() is not None:
                 self.laws.broken(laws.ERROR, f"a client ended with {task.exception()!r}")
@@ -321,7 +342,8 @@ class World:
 
     async def _quiet(self) -> None:
         """Nobody asks for anything any more."""
-        await asyncio.sleep(2.0)
+        # A store that has failed is tried again after 5 s at most.
+        await asyncio.sleep(6.0)
         for host in self.hosts:
             process = host.process
             if process is None or process.server is None:
@@ -335,6 +357,8 @@ class World:
                     self.laws.require(not left, laws.SAVED, f"{left} sessions of {process.name} are not saved")
         if self.is_durable:
             for chain in (chain for client in self.clients for chain in client.chains() if chain.index):
+                if self.loop.now_s - chain.last_s > self.idle_timeout_s - 1.0:
+                    continue
                 there = self.disk.num_steps(chain.session_id)
                 self.laws.require(
                     there == chain.index, laws.SAVED, f"session {chain.session_id}: {there} steps, of {chain.index}"
@@ -344,6 +368,7 @@ class World:
             await client.close()
         await asyncio.sleep(2.0)
         if self.is_durable and not self.is_shared:
+            closed += [i for i, num_downs in self.closed if num_downs == self.num_downs]
             kept = [i for i in closed if self.disk.num_steps(i) >= 0]
             self.laws.require(not kept, laws.SAVED, f"sessions {kept} are closed, and still in the store")
 
@@ -384,14 +409,20 @@ class World:
         acts = {
             self._arm: 8, self._crash: 2, self._drain: 2, self._cut: 3, self._cut_off: 1, self._fill_disk: 1,
             self._publish: 2, self._storm: 1, self._balance: 4 if self.is_shared else 0,
-            self._swap: 1 if self._swaps else 0,
+            self._swap: 2 if self._swaps else 0,
         }  # fmt: skip
+        if self._swaps and rng.random() < 0.5:
+            # Before anything is stored.
+            self.disk.fails = True
+            await asyncio.sleep(rng.uniform(0.05, 0.5))
+            self.disk.fails = False
+            self._swap(rng)
         while True:
             # Somebody shall get on in between.
             enough = self.num_steps + rng.choice((0, 10, 40))
             until_s = self.loop.now_s + 5.0
             await asyncio.sleep(rng.expovariate(1 / self.pause_s))
-            while self.num_steps < enough and self.loop.now_s < until_s:
+            while self.num_steps < enough and self.loop.now_s < until_s:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             rng.choices(list(acts), list(acts.values()))[0](rng)
 
@@ -400,7 +431,7 @@ class World:
         name = rng.choice(FAILPOINTS)
         self._armed.setdefault(name, rng.choice((0, 0, 1, 5, 20)))
         if name == "before_snapshot_commit":
-            self.disk.tears = rng.random() < 0.3
+            self.disk.tears = rng.random() < 0.6
 
     def _crash(self, rng: random.Random) -> None:
         rng.choice(self.hosts).crash("power")
@@ -437,7 +468,7 @@ class World:
     def _publish(self, rng: random.Random) -> None:
         version = self.repository.newest + 1
         self.count("version published")
-        self.repository.publish(version, Weights(version))
+        self.repository.publish(version, Weights(version, self.repository.versions[version - 1].layout))
 
     def _swap(self, rng: random.Random) -> None:
         """Replace every version by another one of its number, while nobody runs."""
@@ -447,7 +478,8 @@ class World:
         has_other_layout = rng.random() < 0.5
         self.count("other memory published" if has_other_layout else "other weights published")
         for version, weights in list(self.repository.versions.items()):
-            other = Weights(weights.number, weights.layout + "'") if has_other_layout else Weights(weights.number + 1000)
+            number, layout = weights.number, weights.layout
+            other = Weights(number, layout + "'") if has_other_layout else Weights(number + 1000, layout)
             self.repository.publish(version, other)
 
     def _storm(self, rng: random.Random) -> None:
@@ -476,8 +508,16 @@ class _Logs(logging.Handler):
         self._world.note(text if not error else f"{text}: {error!r}")
 
 
+@cache
+def _set_imports_apart() -> None:
+    """Have the collections between runs pass over what lives as long as the process."""
+    gc.collect()
+    gc.freeze()
+
+
 def simulate(seed: int, num_steps: int = NUM_STEPS, *, keeps_all: bool = False, store: str = "") -> Result:
     """Run a seed. No garbage is collected meanwhile, since what that finds would run at a time that no seed decides."""
+    _set_imports_apart()
     was_on = gc.isenabled()
     gc.disable()
     try:

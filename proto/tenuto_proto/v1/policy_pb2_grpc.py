@@ -111,9 +111,9 @@ class PolicyServiceServicer(object):
         """Advances one session by one step. Safe to retry (law 1).
         Codes: INVALID_ARGUMENT (OBSERVATION_*), NOT_FOUND (SESSION_UNKNOWN; VERSION_UNKNOWN of a step that is sent again),
         FAILED_PRECONDITION (SESSION_CLOSED, SESSION_EXPIRED, SESSION_EXPORTED), ABORTED (STEP_INDEX_MISMATCH,
-        STEP_IN_FLIGHT), RESOURCE_EXHAUSTED (QUEUE_FULL, QUOTA_EXCEEDED; also a message over the size limit, then without
-        ErrorInfo), DEADLINE_EXCEEDED (QUEUE_TIMEOUT), UNAVAILABLE (DRAINING, STORE_UNAVAILABLE), INTERNAL
-        (COMPUTE_FAILED).
+        STEP_IN_FLIGHT), RESOURCE_EXHAUSTED (QUEUE_FULL, QUOTA_EXCEEDED; CAPACITY_REACHED of a session that would have to
+        be restored first; also a message over the size limit, then without ErrorInfo), DEADLINE_EXCEEDED
+        (QUEUE_TIMEOUT), UNAVAILABLE (DRAINING, STORE_UNAVAILABLE), INTERNAL (COMPUTE_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

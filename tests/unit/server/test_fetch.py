@@ -41,11 +41,15 @@ class Shelf:
 
     def __init__(self) -> None:
         self.kept: dict[int, StoredSession] = {}
+        self.ended: list[tuple[int, int]] = []
+        self.overtakes: set[int] = set()
+        """Sessions of which another server has stored more steps."""
         self.num_reads = 0
         self.fails = False
 
     def write(self, sessions: Sequence[StoredSession], ended: Iterable[tuple[int, int]]) -> set[int]:
-        return set()
+        self.ended += ended
+        return self.overtakes & {session.session_id for session in sessions}
 
     def read(self, session_ids: Iterable[int]) -> list[StoredSession]:
         self.num_reads += 1
@@ -54,7 +58,7 @@ class Shelf:
         return [self.kept[i] for i in session_ids if i in self.kept]
 
     def session_ids(self) -> list[int]:
-        raise NotImplementedError
+        return sorted(self.kept)
 
     def close(self) -> None:
         pass
@@ -63,10 +67,10 @@ class Shelf:
 class Library:
     """A server's sessions, and a store that answers when the test says so."""
 
-    def __init__(self, *, is_served: bool = True) -> None:
+    def __init__(self, *, is_served: bool = True, capacity: int = 10) -> None:
         self.engine, self.registry, self.shelf = Engineless(), PolicyRegistry(), Shelf()
         checkpoint = Checkpoint("a", 1, small_policy("frameconv"), TrainingProgress(), 0.0, "")
-        self.policy = ServedPolicy(checkpoint, self.engine, 10, server_epoch=1)
+        self.policy = ServedPolicy(checkpoint, self.engine, capacity, server_epoch=1)
         self.policy.versions[1] = self.policy.prepare(checkpoint, self.engine)
         if is_served:
             self.registry.add(self.policy)
@@ -158,3 +162,62 @@ async def test_a_session_that_was_idle_here_only_comes_back() -> None:
     await library.durability.fetch([7, 8])
     assert 7 in sessions and sessions.next_index[sessions.slot_of(7)] == 3
     assert 8 not in sessions, "nobody went on with it: it has expired"
+
+
+async def test_what_cannot_be_read_is_dropped_but_not_what_another_server_has_stored_since() -> None:
+    library = Library()
+    library.put(7, num_steps=3)
+    library.shelf.kept[7] = library.shelf.kept[7]._replace(snapshot=b"torn")
+    await library.durability.fetch([7])
+    assert 7 not in library.policy.sessions
+    library.durability.begin(7)
+    await library.durability.flush()
+    assert library.shelf.ended == [(7, 3)], "a store keeps what has more steps"
+
+
+async def test_a_session_for_which_there_is_no_room_is_not_unknown() -> None:
+    library = Library(capacity=1)
+    sessions = library.policy.sessions
+    slot = sessions.open(9, SessionOptions(0, 0, False), 0.0)
+    library.put(7)
+    with pytest.raises(Refusal) as refused:
+        await library.durability.fetch([7])
+    assert refused.value.reason == pb.CAPACITY_REACHED
+    sessions.end(slot, pb.SESSION_CLOSED)
+    await library.durability.fetch([7])
+    assert 7 in sessions
+
+
+async def test_a_restarted_server_restores_later_what_it_has_no_room_for() -> None:
+    library = Library(capacity=1)
+    library.shelf.is_shared = False
+    library.put(7)
+    library.put(8)
+    await library.durability.prepare()
+    await library.durability.restore()
+    sessions = library.policy.sessions
+    assert 7 in sessions and 8 not in sessions
+    with pytest.raises(Refusal) as refused:
+        await library.durability.fetch([8])
+    assert refused.value.reason == pb.STORE_UNAVAILABLE
+    sessions.end(sessions.slot_of(7), pb.SESSION_EXPIRED)
+    await library.durability.restore()
+    assert 8 in sessions
+
+
+async def test_a_copy_that_went_on_while_it_was_written_is_not_dropped_as_old() -> None:
+    library = Library()
+    sessions = library.policy.sessions
+    library.put(7, num_steps=3)
+    await library.durability.fetch([7])
+    slot = sessions.slot_of(7)
+    sessions.next_index[slot], library.shelf.overtakes = 4, {7}
+    library.gate.clear()
+    writing = asyncio.create_task(library.durability.flush())
+    await asyncio.sleep(0)
+    sessions.next_index[slot] = 6
+    library.gate.set()
+    await writing
+    assert 7 in sessions and sessions.num_changed() == 1
+    await library.durability.flush()
+    assert 7 not in sessions, "another server is further: it is read again when it is asked for"
