@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Generated code must come from the oldest grpcio-tools that we support; it refuses older runtimes.
 GRPCIO_TOOLS := grpcio-tools==1.73.1
 
-.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-gpu bench-observing bench-training bench-overload bench-durability soak chaos pictures study clean
+.PHONY: help install proto drift format lint types unit test demo serve bench bench-peers bench-engine bench-startup bench-gpu bench-observing bench-training bench-overload bench-durability soak chaos simulate mutations pictures study clean
 
 help:  ## Show this menu.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -51,11 +51,10 @@ test: install lint types drift  ## Install, then lint, types, drift of generated
 	$(BIN)/python deploy/image/warm.py
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: simulate mutations
-simulate: install  ## Simulate two million steps under faults, twenty to thirty minutes on two cores.
+simulate: install  ## Simulate two million steps under faults, about a quarter of an hour on two cores.
 	$(BIN)/python -W ignore tests/simulation/run.py --steps 2000000 --jobs 2
 
-mutations: install  ## Plant a bug in each law and let the simulator find it, some ten minutes.
+mutations: install  ## Plant a bug in each law and let the simulator find it, some five minutes.
 	$(BIN)/python -W ignore tests/simulation/mutations.py --jobs 2
 
 demo: install  ## Train, publish, serve and play, live in the terminal; a few minutes.

@@ -160,6 +160,9 @@ class Laws:
 
     def refused(self, process: Any, method: str, request: Any, trailing: Any) -> None:
         """Each refusal of a unary call."""
+        if process.is_dead:
+            # Nobody hears it.
+            return
         reason = reason_of(trailing)
         self.world.trace("refused", process.name, method, reason)
         self._failed(process, method, reason)
