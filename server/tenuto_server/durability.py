@@ -167,15 +167,19 @@ class Durability:
                     log.exception("sessions are not saved")
 
     async def flush(self) -> bool:
-        """Write what has changed. Returns whether the store holds everything as it was when this began."""
+        """Write what has changed, each session once. Returns whether the store holds everything as it was when this
+        began.
+        """
         async with self._one_at_a_time:
             began_s = self._clock()
             try:
                 for policy in self._registry:
-                    while len(slots := policy.sessions.changed_slots(_GROUP)):
-                        await self._save(policy, slots)
-                        if len(slots) < _GROUP:
-                            break
+                    changed = policy.sessions.changed_slots()
+                    for first in range(0, len(changed), _GROUP):
+                        # Some have ended since.
+                        slots = policy.sessions.changed_slots(changed[first : first + _GROUP])
+                        if len(slots):
+                            await self._save(policy, slots)
                 if self._ended:
                     await self._write(None)
             except StoreError as error:

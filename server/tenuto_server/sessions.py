@@ -272,18 +272,15 @@ class SessionTable:
         idle = self.pool.leased & ~self.busy & (now_s - self.last_active_s > idle_timeout_s)
         return np.flatnonzero(idle).tolist()
 
-    def changed_slots(self, at_most: int) -> Slots:
-        """Slots of sessions with steps that the store does not hold yet, those with the most first."""
-        rows = self.pool.num_touched
-        changes = self.next_index[:rows].astype(np.int64) - self.durable_index[:rows]
-        changed = np.flatnonzero((changes > 0) & self.pool.leased[:rows] & ~self.closing[:rows])
-        if len(changed) <= at_most:
-            return changed
-        return changed[np.argsort(-changes[changed], kind="stable")[:at_most]]
+    def changed_slots(self, among: Slots | None = None) -> Slots:
+        """Slots of sessions with steps that the store does not hold yet, all or those among some."""
+        slots = np.arange(self.pool.num_touched) if among is None else among
+        changed = self.next_index[slots].astype(np.int64) > self.durable_index[slots]
+        return slots[changed & self.pool.leased[slots] & ~self.closing[slots]]
 
     def num_changed(self) -> int:
         """Sessions with steps that the store does not hold yet."""
-        return len(self.changed_slots(self.pool.capacity))
+        return len(self.changed_slots())
 
     def versions_in_use(self) -> set[int]:
         """Versions that a running episode, a running step or a pin holds."""
