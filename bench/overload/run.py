@@ -163,9 +163,9 @@ def report(levels: list[Level], capacity: float, bound_ms: float) -> tuple[Table
         [
             f"{level.factor:g}", figure(level.offered_per_s), figure(level.goodput_per_s),
             figure(level.goodput_per_s / peak, 2), figure(level.p50_ms), figure(level.p99_ms),
-            figure(level.refused_per_s), figure(level.refused_p99_ms if level.refused_per_s else None), ", ".join(sorted(level.failed)) or "–",
-            figure(level.unsent),
-            figure(level.server_cpus, 2), figure(level.rss_mb),
+            figure(level.refused_per_s), figure(level.refused_p99_ms if level.refused_per_s else None),
+            ", ".join(sorted(level.failed)) or "–",
+            figure(level.unsent), figure(level.server_cpus, 2), figure(level.rss_mb),
         ]
         for level in levels
     ]  # fmt: skip
