@@ -173,3 +173,5 @@ class Batcher(Generic[R]):
         ticket.state, ticket.refusal = TicketState.DONE, refusal
         for waiter in ticket.waiters:
             waiter()
+        # They hold on to the ticket: nobody is to wait for the garbage collector.
+        ticket.waiters.clear()

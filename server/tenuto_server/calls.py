@@ -15,6 +15,10 @@ from tenuto_server.principals import ANYONE, Principal
 Answer = pb.StepResponse | pb.StepBatchResponse
 
 
+def _nobody() -> None:
+    """What the tickets of an answered call call."""
+
+
 @dataclass(eq=False, repr=False, slots=True)
 class StepCall:
     """A Step, a StepBatch, or one message of a StepStream: n rows, and what has become of them."""
@@ -62,6 +66,11 @@ class StepCall:
         if not self.is_over:
             self.end()
             self.answer(outcome)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Hold on to itself no longer, so that it is gone without the garbage collector."""
+        self.waiter = _nobody
 
     def end(self) -> None:
         """Wait for nothing any more."""

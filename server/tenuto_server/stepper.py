@@ -107,6 +107,7 @@ class Stepper:
             call.end()
             for ticket in (*call.tickets, *dict.fromkeys(call.joined.values())):
                 self.batcher.leave(ticket, call.waiter)
+            call.let_go()
 
     def _advance(self, policy: ServedPolicy, calls: Sequence[StepCall], columns: StepColumns) -> None:
         began_s = self._clock()
