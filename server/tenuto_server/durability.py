@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from itertools import compress
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
 from tenuto_server.engine import Engine
-from tenuto_server.errors import Refusal, SnapshotError, StoreError
+from tenuto_server.errors import FatalError, Refusal, SnapshotError, StoreError
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.snapshots import (
@@ -76,10 +77,19 @@ class Snapshotter:
 
         return await self._engine.call_then(lambda: policy.arena.read_rows(slots), group)
 
-    async def adopt(self, sealed: pb.SealedSnapshot, principal: str | None = None) -> tuple[ServedPolicy, int]:
+    async def adopt(
+        self,
+        sealed: pb.SealedSnapshot,
+        principal: str | None = None,
+        *,
+        is_stored: bool = False,
+        admit: Callable[[], None] = lambda: None,
+    ) -> tuple[ServedPolicy, int]:
         """Go on with a session, as that of ``principal`` or of whose it was; return where it is now.
 
-        Raises SnapshotError, or Refusal where there is no room or the session exists.
+        ``is_stored``: the store has this very snapshot. ``admit`` is called when the snapshot is found to fit, just
+        before the session is there, and may raise. Raises SnapshotError, or Refusal where there is no room or the
+        session exists; whatever it raises, nothing of the session is here.
         """
         snapshot = unseal(sealed)
         policy = self._registry.get(snapshot.policy_name)
@@ -90,15 +100,40 @@ class Snapshotter:
                 # Where it is not to be had the check says so.
                 await self._versions.require(policy.name, version)
         state = check_fit(snapshot, policy)
-        if policy.sessions.is_older_copy(snapshot.session_id, snapshot.next_step_index):
-            policy.sessions.forget(policy.sessions.slot_of(snapshot.session_id))
+        # Nothing is awaited between the last checks and the session that is there.
+        admit()
+        sessions = policy.sessions
+        if sessions.is_older_copy(snapshot.session_id, snapshot.next_step_index):
+            sessions.forget(sessions.slot_of(snapshot.session_id))
+        sessions.revive(snapshot.session_id)
         owner = principal if principal is not None else snapshot.principal if self._knows_callers else ""
-        slot = policy.sessions.open(snapshot.session_id, options_of(snapshot), self._clock(), owner)
+        slot = sessions.open(snapshot.session_id, options_of(snapshot), self._clock(), owner)
         install(snapshot, state, policy, slot)
+        if is_stored:
+            sessions.durable_index[slot] = snapshot.next_step_index
         if snapshot.next_step_index:
-            # A step that comes meanwhile runs after this.
-            await self._engine.call(lambda: policy.arena.write_row(slot, state.state))
+            await self._write_row(policy, slot, state.state)
         return policy, slot
+
+    async def _write_row(self, policy: ServedPolicy, slot: int, state: list[NDArray[Any]]) -> None:
+        """Bring a session's state to the device, and let no step in before it is there. Where that fails the session is
+        gone again; it is also brought to its end where the caller leaves.
+        """
+        sessions = policy.sessions
+        generation = sessions.pool.generation[slot]
+        sessions.arrive(slot)
+        writing = asyncio.ensure_future(self._engine.call(lambda: policy.arena.write_row(slot, state)))
+
+        def settle(written: asyncio.Future[None]) -> None:
+            if sessions.pool.generation[slot] != generation or not sessions.pool.leased[slot]:
+                return  # It was closed meanwhile.
+            if written.cancelled() or written.exception() is not None:
+                sessions.forget(slot)
+            else:
+                sessions.arrived(slot)
+
+        writing.add_done_callback(settle)
+        await asyncio.shield(writing)
 
 
 class Durability:
@@ -172,20 +207,21 @@ class Durability:
         """
         async with self._one_at_a_time:
             began_s = self._clock()
+            error: Exception | None = None
+            for policy in self._registry:
+                # One policy whose sessions cannot be read is not to keep those of the others from the store.
+                error = await self._try_to_save(policy) or error
             try:
-                for policy in self._registry:
-                    changed = policy.sessions.changed_slots()
-                    for first in range(0, len(changed), _GROUP):
-                        # Some have ended since.
-                        slots = policy.sessions.changed_slots(changed[first : first + _GROUP])
-                        if len(slots):
-                            await self._save(policy, slots)
                 if self._ended:
-                    await self._write(None)
-            except StoreError as error:
+                    await self._write(None, None)
+            except StoreError as caught:
+                error = caught
+            if error is not None:
                 self._metrics.snapshot_failures.inc()
                 # Once for each outage.
-                (log.debug if self._num_failures else log.error)("sessions are not saved: %s", error)
+                level = logging.DEBUG if self._num_failures else logging.ERROR
+                unforeseen = None if isinstance(error, StoreError) else error
+                log.log(level, "sessions are not saved: %s", error, exc_info=unforeseen)
                 self._num_failures += 1
                 return False
             if self._num_failures:
@@ -194,9 +230,24 @@ class Durability:
             self._metrics.snapshot_seconds.series[""].observe(self._clock() - began_s)
             return True
 
+    async def _try_to_save(self, policy: ServedPolicy) -> Exception | None:
+        """Write what has changed of a policy's sessions; returns what kept it from that."""
+        changed = policy.sessions.changed_slots()
+        try:
+            for first in range(0, len(changed), _GROUP):
+                # Some have ended since.
+                slots = policy.sessions.changed_slots(changed[first : first + _GROUP])
+                if len(slots):
+                    await self._save(policy, slots)
+        except FatalError:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever it was, it is told and tried again)
+            return error
+        return None
+
     async def _save(self, policy: ServedPolicy, slots: Slots) -> None:
         group = await self._snapshotter.take(policy, slots)
-        overtaken = await self._write(group)
+        overtaken = await self._write(policy, group)
         sessions = policy.sessions
         same = sessions.pool.generation[group.slots] == group.generations
         if overtaken:
@@ -210,19 +261,26 @@ class Durability:
         sessions.durable_index[group.slots[same]] = group.num_steps[same]
         self._metrics.snapshots.labels(policy.name).inc(len(group))
 
-    async def _write(self, group: SessionGroup | None) -> set[int]:
+    async def _write(self, policy: ServedPolicy | None, group: SessionGroup | None) -> set[int]:
         ended, self._ended = self._ended, {}
+        is_open: list[bool] = []
+        if policy is not None and group is not None:
+            # What has ended since the group was taken is among the ended, or has been: it must not come back.
+            pool, slots = policy.sessions.pool, group.slots
+            here = (pool.generation[slots] == group.generations) & pool.leased[slots] & ~policy.sessions.closing[slots]
+            is_open = here.tolist()
 
         def write() -> set[int]:
             stored: list[StoredSession] = []
             if group is not None:
                 sealed = map(as_stored, write_snapshots(group))
-                stored = list(map(StoredSession, group.session_ids, group.num_steps.tolist(), sealed))
+                found = map(StoredSession, group.session_ids, group.num_steps.tolist(), sealed)
+                stored = list(compress(found, is_open))
             return self._store.write(stored, ended.items())
 
         try:
             return await self._io(write)
-        except StoreError:
+        except BaseException:
             self._ended = ended | self._ended
             raise
 
@@ -312,22 +370,23 @@ class Durability:
         if policy is None:
             return True
         if stored.session_id not in policy.sessions:
+            # Where it was idle here only, another server went on with it.
             expired = policy.sessions.expired(stored.session_id)
-            if expired is None or expired.num_steps >= stored.num_steps:
-                return False
-            # It was idle here only: another server went on with it.
-            policy.sessions.revive(stored.session_id)
-            return True
+            return expired is not None and expired.num_steps < stored.num_steps
         slot = policy.sessions.slot_of(stored.session_id)
-        if policy.sessions.busy[slot] or policy.sessions.next_index[slot] >= stored.num_steps:
+        if policy.sessions.busy[slot] or policy.sessions.is_arriving(stored.session_id):
+            return False
+        if policy.sessions.next_index[slot] >= stored.num_steps:
             return False
         policy.sessions.forget(slot)
         return True
 
     async def _restore(self, stored: StoredSession) -> bool:
-        """Go on with a session; returns whether it can. Raises Refusal where there is no room for it just now."""
+        """Go on with a session; returns whether it can. Raises Refusal where it cannot just now: there is no room, or
+        the device does not take it.
+        """
         try:
-            policy, slot = await self._snapshotter.adopt(from_stored(stored.snapshot))
+            policy, _ = await self._snapshotter.adopt(from_stored(stored.snapshot), is_stored=True)
         except (SnapshotError, Refusal) as error:
             if error.reason == pb.CAPACITY_REACHED:
                 raise
@@ -336,7 +395,11 @@ class Durability:
             log.error("session %d is not restored: %s", stored.session_id, error)
             self._refused[stored.session_id] = stored.num_steps
             return False
-        policy.sessions.durable_index[slot] = stored.num_steps
+        except FatalError:
+            raise
+        except Exception as error:
+            log.exception("session %d is not restored yet", stored.session_id)
+            raise Refusal(pb.STORE_UNAVAILABLE, "the session could not be restored; try again") from error
         self._metrics.sessions_restored.labels(policy.name).inc()
         return True
 

@@ -29,7 +29,7 @@ from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.principals import Principal
 from tenuto_server.quotas import Quotas
 from tenuto_server.sessions import Ended, SessionOptions
-from tenuto_server.snapshots import unseal, write_snapshots
+from tenuto_server.snapshots import check_fit, unseal, write_snapshots
 from tenuto_server.stepper import Stepper
 from tenuto_server.stream import StepStream
 
@@ -106,7 +106,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         """End a session; its fate is remembered, so that a repeated close gets the same answer."""
         owner = self._authenticate(context).name
         self._intake.end_turn()  # A step that came before is under way.
-        await self._fetch(request.session_id)
+        await self._fetch_newest(request.session_id)
         policy = self._policy_of(request.session_id, owner)
         sessions = policy.sessions
         ended = sessions.ended(request.session_id, owner)
@@ -141,7 +141,8 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         policies = [self._registry.find(request.policy_name)] if request.policy_name else list(self._registry)
         size = min(request.page_size or 100, 1000)
         after = request.after_session_id
-        found = sorted((i, p) for p in policies for i in p.sessions.session_ids(owner) if i > after or not after)
+        ids = ((i, p) for p in policies for i in p.sessions.session_ids(owner) if i > after or not after)
+        found = sorted(ids, key=lambda pair: pair[0])
         page = found[:size]
         return pb.ListSessionsResponse(
             sessions=[self._describe(p, p.sessions.find(i, owner)) for i, p in page], more=len(found) > size
@@ -150,7 +151,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def InspectSession(self, request: pb.InspectSessionRequest, context: Any) -> pb.InspectSessionResponse:
         """Read one session's state between two batches; an admin also that of others."""
         owner = _sees(self._authenticate(context))
-        await self._fetch(request.session_id)
+        await self._fetch_newest(request.session_id)
         policy, slot = self._find(request.session_id, owner)
         generation = policy.sessions.pool.generation[slot]
 
@@ -172,10 +173,12 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         """Stop a session and return it; an admin also that of others."""
         owner = _sees(self._authenticate(context))
         self._intake.end_turn()  # A step that came before is under way.
-        await self._fetch(request.session_id)
+        await self._fetch_newest(request.session_id)
         policy = self._policy_of(request.session_id, owner)
         sessions = policy.sessions
         slot = sessions.find(request.session_id, owner)
+        if sessions.is_arriving(request.session_id):
+            raise Refusal(pb.STORE_UNAVAILABLE, f"session {request.session_id}: is just being restored")
         generation, was_exported = sessions.pool.generation[slot], bool(sessions.exported[slot])
         sessions.exported[slot] = True
         try:
@@ -187,6 +190,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             group = await self._snapshotter.take(policy, np.array([slot]))
             if not len(group):
                 sessions.find(request.session_id, owner)
+            if not len(group) or not sessions.exported[slot]:
+                message = f"session {request.session_id}: was imported while it was exported; try again"
+                raise Refusal(pb.STEP_IN_FLIGHT, message)
             [sealed] = write_snapshots(group)
         except BaseException:
             if sessions.pool.generation[slot] == generation:
@@ -202,22 +208,37 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         snapshot = unseal(request.snapshot)
         session_id = snapshot.session_id
         await self._fetch(session_id)
+        policy = self._registry.of_session(session_id, principal.name)
+        if policy is not None and policy.name == snapshot.policy_name and session_id in policy.sessions:
+            slot = policy.sessions.slot_of(session_id)
+            if snapshot.next_step_index == policy.sessions.next_index[slot]:
+                # It is here as it is there: the export is taken back, or this is the same import again.
+                check_fit(snapshot, policy)
+                if not policy.sessions.is_arriving(session_id):
+                    policy.sessions.exported[slot] = False
+                return self._imported(policy, slot)
+        admit = partial(self._admit_import, principal, snapshot)
+        policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name, admit=admit)
+        self._metrics.sessions_opened.labels(policy.name).inc()
+        return self._imported(policy, slot)
+
+    def _admit_import(self, principal: Principal, snapshot: pb.SessionSnapshot) -> None:
+        """Raise Refusal where a session that is, or was, here keeps it from coming, or the caller has too many."""
+        if self._stepper.draining:
+            raise Refusal(pb.DRAINING, "the server is shutting down and takes no session over")
+        session_id = snapshot.session_id
         policy = self._registry.of_session(session_id, None)
         if policy is not None and self._registry.of_session(session_id, principal.name) is None:
             raise session_exists(session_id)
-        if policy is not None and policy.sessions.is_older_copy(session_id, snapshot.next_step_index):
-            policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name)
-        elif policy is not None and session_id in policy.sessions:
-            slot = policy.sessions.slot_of(session_id)
-            if snapshot.next_step_index != policy.sessions.next_index[slot] or policy.name != snapshot.policy_name:
-                raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists, and has taken other steps")
-            policy.sessions.exported[slot] = False
-        else:
+        if policy is not None and policy.name != snapshot.policy_name:
+            raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: is, or was, one of policy {policy.name!r}")
+        if policy is None or session_id not in policy.sessions:
             self._quotas.require_session(principal)
-            if policy is not None:
-                policy.sessions.revive(session_id)
-            policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name)
-            self._metrics.sessions_opened.labels(policy.name).inc()
+        elif not policy.sessions.is_older_copy(session_id, snapshot.next_step_index):
+            raise Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists, and has taken other steps")
+
+    def _imported(self, policy: ServedPolicy, slot: int) -> pb.ImportSessionResponse:
+        session_id = int(policy.sessions.session_id[slot])
         return pb.ImportSessionResponse(
             session_id=session_id,
             next_step_index=int(policy.sessions.next_index[slot]),
@@ -233,6 +254,19 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         policy = self._registry.of_session(session_id, None)
         if policy is None or policy.sessions.expired(session_id) is not None:
             await durability.fetch([session_id])
+
+    async def _fetch_newest(self, session_id: int) -> None:
+        """Look in a store that is shared for what another server has made of a session, also of one that is here.
+
+        Raises Refusal where the store does not answer and the session is not here.
+        """
+        if self._durability is None or not self._durability.is_shared:
+            return await self._fetch(session_id)
+        try:
+            return await self._durability.fetch([session_id])
+        except Refusal as refusal:
+            if refusal.reason != pb.STORE_UNAVAILABLE or self._registry.of_session(session_id, None) is None:
+                raise
 
     def _describe(self, policy: ServedPolicy, slot: int) -> pb.Session:
         s = policy.sessions

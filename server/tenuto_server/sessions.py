@@ -91,6 +91,7 @@ class SessionTable:
         self._server_epoch = server_epoch
         self._slots: dict[int, int] = {}
         self._ended: OrderedDict[int, Ended] = OrderedDict()
+        self._arriving: set[int] = set()
         self._owner_numbers: dict[str, int] = {"": 0}
         self._owner_names: list[str] = [""]
         rows = capacity + 1
@@ -232,16 +233,35 @@ class SessionTable:
         """Remember no longer how a session ended: it comes back from elsewhere."""
         self._ended.pop(session_id, None)
 
+    def arrive(self, slot: int) -> None:
+        """Let no step in: the session is here, its state is still on its way to the device."""
+        self._arriving.add(int(self.session_id[slot]))
+        self.exported[slot] = True
+
+    def arrived(self, slot: int) -> None:
+        """Let steps in."""
+        self._arriving.discard(int(self.session_id[slot]))
+        self.exported[slot] = False
+
+    def is_arriving(self, session_id: int) -> bool:
+        """Whether a session's state is still on its way to the device."""
+        return session_id in self._arriving
+
     def forget(self, slot: int) -> None:
         """Drop a session that is not busy, as if it had never been here."""
-        del self._slots[int(self.session_id[slot])]
+        assert not self.busy[slot], "a session with a step under way cannot be forgotten"
+        session_id = int(self.session_id[slot])
+        del self._slots[session_id]
+        self._arriving.discard(session_id)
         self.last_reward[slot] = np.nan
         self._free(np.array([slot]))
 
     def is_older_copy(self, session_id: int, num_steps: int) -> bool:
         """Whether a session is here as it was when it was exported, and has taken steps elsewhere since."""
         slot = self._slots.get(session_id)
-        return slot is not None and bool(self.exported[slot]) and int(self.next_index[slot]) < num_steps
+        if slot is None or self.busy[slot] or session_id in self._arriving:
+            return False
+        return bool(self.exported[slot]) and int(self.next_index[slot]) < num_steps
 
     def ended(self, session_id: int, owner: str | None = "") -> Ended | None:
         """What is remembered of a principal's ended session; None: of anybody's."""
@@ -260,6 +280,7 @@ class SessionTable:
         :meth:`commit` does, the episode that this finished; after a step under way :meth:`commit` returns it.
         """
         del self._slots[int(self.session_id[slot])]
+        self._arriving.discard(int(self.session_id[slot]))
         ended = self._remember(slot, reason)
         self.last_reward[slot] = last_reward
         if self.busy[slot]:
@@ -389,6 +410,8 @@ class SessionTable:
                 return unknown_session(session_id, self._server_epoch)
             return self._refuse_unknown(session_id, self._owner_names[owner])
         expected = int(self.next_index[slot])
+        if session_id in self._arriving:
+            return Refusal(pb.STORE_UNAVAILABLE, f"session {session_id}: is just being restored")
         if self.exported[slot]:
             return Refusal(pb.SESSION_EXPORTED, f"session {session_id}: was exported after {expected} steps")
         if self.busy[slot]:

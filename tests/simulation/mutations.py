@@ -107,8 +107,9 @@ MUTATIONS = (
              "same = sessions.pool.generation[group.slots] == group.generations",
              "same = np.ones(len(group.slots), np.bool_)", laws.DURABLE),
     Mutation("durable_step is told before the commit", _SERVER + "durability:Durability._save",
-             "overtaken = await self._write(group)",
-             "policy.sessions.durable_index[group.slots] = group.num_steps\n    overtaken = await self._write(group)",
+             "overtaken = await self._write(policy, group)",
+             "policy.sessions.durable_index[group.slots] = group.num_steps\n"
+             "    overtaken = await self._write(policy, group)",
              laws.DURABLE),
     Mutation("the store goes back", _SERVER + "store:SQLiteStore._put",
              " WHERE num_steps <= excluded.num_steps", "", laws.DURABLE, "shared file"),
