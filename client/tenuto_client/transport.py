@@ -48,6 +48,7 @@ def authorization_of(token: str | None) -> Metadata:
     """Return what says who calls. Raises ValueError for a token that cannot travel; its text does not hold it."""
     if token is None:
         return ()
+    token = token.strip()  # Files end with a newline.
     if not _TOKEN.fullmatch(token):
         raise ValueError(
             f"token: got {len(token)} characters, expected letters, digits and -._~+/ alone, perhaps = last"

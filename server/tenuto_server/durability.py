@@ -162,6 +162,7 @@ class Durability:
         self._fetching: dict[int, asyncio.Future[bool]] = {}
         """Sessions that are looked for in a shared store; whether that came to an end."""
         self._num_failures = 0
+        self._cannot_look = False
         self.saved_s = clock()
         """When the store last held all that there was."""
         metrics.unsaved_seconds.set_function(lambda: self._clock() - self.saved_s)
@@ -345,8 +346,15 @@ class Durability:
                 try:
                     found: list[StoredSession] = await self._io(lambda: self._store.read(mine))
                 except StoreError as error:
-                    log.error("sessions cannot be looked for: %s", error)
+                    # Once for each outage.
+                    log.log(
+                        logging.DEBUG if self._cannot_look else logging.ERROR,
+                        "sessions cannot be looked for: %s",
+                        error,
+                    )
+                    self._cannot_look = True
                     raise Refusal(pb.STORE_UNAVAILABLE, "the store of sessions does not answer") from error
+                self._cannot_look = False
                 for stored in found:
                     if not self._is_served(stored):
                         # It has just started: who waits a moment goes on.

@@ -47,6 +47,8 @@ _DRAIN_LOOK_S = 0.05
 _STOP_GRACE_S = 2.0
 _FAILING_BATCHES = 5
 """As many batches that fail one after another make the server not ready."""
+_EXIT_UNSAVED = 75
+"""EX_TEMPFAIL: stopped as asked, with sessions that are not saved as they were."""
 _EXIT_FATAL = 70
 """Exit code where nothing can be relied upon any more."""
 _STORE_MARGIN_S = 60.0
@@ -95,6 +97,7 @@ class Server:
         )  # fmt: skip
         self.health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._is_stalled, self._swept_s = False, time.monotonic()
+        self._exit_code = 0
         self._num_failed = 0
         """Batches that failed since the last that did not."""
         self._trying: asyncio.Task[None] | None = None
@@ -139,8 +142,10 @@ class Server:
             )
             wanting.add_done_callback(lambda _: self._wanted.pop((policy.name, version)))
 
-    async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. Raises ConfigurationError where a port is taken."""
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, then drain; returns the exit code. Raises ConfigurationError where a port is
+        taken.
+        """
         if self.durability is not None:
             try:
                 await self.durability.prepare()
@@ -176,6 +181,7 @@ class Server:
                 raise error
             raise RuntimeError("a background task of the server failed") from error
         log.info("stopped")
+        return self._exit_code
 
     async def _listen(self) -> grpc.aio.Server:
         config, tls = self.config, self.access.tls
@@ -344,12 +350,13 @@ class Server:
 
     async def _save_all(self, durability: Durability, deadline_s: float) -> None:
         """Answer the steps that run, then write every session, until the deadline or a second signal."""
-        log.info("draining: %d sessions are saved, at most %g s", self._num_sessions(), self.config.drain_timeout_s)
+        log.info("draining: saving %d sessions, at most %g s", self._num_sessions(), self.config.drain_timeout_s)
         self.intake.end_turn()
         while not (self.stepper.batcher.idle and await self._flush(durability)):
             if time.monotonic() >= deadline_s or self._hurry.is_set():
                 left = sum(policy.sessions.num_changed() for policy in self.registry)
                 log.error("%d sessions were not saved as they are at the end of the drain", left)
+                self._exit_code = _EXIT_UNSAVED
                 return
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), _DRAIN_LOOK_S)
@@ -415,19 +422,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         logging.getLogger("watchfiles").setLevel(logging.WARNING)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
-        _run(_serve(config))
+        code = _run(_serve(config))
     except ConfigurationError as error:
         sys.exit(f"tenuto-serve: {error}")
+    sys.exit(code)
 
 
-def _run(serving: Coroutine[None, None, None]) -> None:
+def _run(serving: Coroutine[None, None, int]) -> int:
     """Run the event loop: uvloop's where it is installed, which takes a third of gRPC's cost per message away."""
     try:
         import uvloop
     except ImportError:
-        asyncio.run(serving)
-    else:
-        uvloop.run(serving)
+        return asyncio.run(serving)
+    return uvloop.run(serving)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -436,8 +443,8 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (isinstance(error, asyncio.CancelledError) or type(error).__name__ == "ExecuteBatchError")
 
 
-async def _serve(config: ServerConfig) -> None:
-    await Server(config).run()
+async def _serve(config: ServerConfig) -> int:
+    return await Server(config).run()
 
 
 if __name__ == "__main__":

@@ -160,6 +160,8 @@ class PolicyRegistry:
             for refused in self.refused.to_wire(name)[-1:]:
                 metadata = {"refused_version": str(refused.version), "refused_message": refused.message}
             message = f"policy: got {name!r}, expected one of {sorted(self._policies)}"
+            if not self._policies:
+                message = f"policy: got {name!r}, and none is served yet: the server loads, or its repository is empty"
             raise Refusal(pb.POLICY_UNKNOWN, message, metadata)
         return found
 

@@ -45,6 +45,11 @@ class RedisStore:
 
     def __init__(self, url: str, lifetime_s: float) -> None:
         self._lifetime_ms = max(1, int(1000 * lifetime_s))
+        scheme, _, path = url.partition("://")
+        database = path.partition("?")[0].partition("/")[2]
+        if scheme != "unix" and database and not database.isdecimal():
+            # Redis' client would take the first one, which may be somebody else's.
+            raise ConfigurationError("durability: the database behind the address of Redis must be a number")
         try:
             self._redis: Any = redis.Redis.from_url(
                 url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 1)

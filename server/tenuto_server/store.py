@@ -6,6 +6,7 @@ of a session the one with more steps stays, whoever writes last. It has one clie
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ class SQLiteStore:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # What sessions remember is their owners' alone. The files beside it get its mode.
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             # Serialised by its owner, not bound to the thread that opens it.
             self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
