@@ -303,6 +303,38 @@ def test_an_export_that_leads_nowhere_is_taken_back(repository: Path) -> None:
         assert [told(session.step(o)) for o in OBSERVED[1:N]] == expected[1:]
 
 
+def test_an_id_is_one_session_whatever_policy_a_snapshot_is_of(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        publish(tmp_path, small_policy("frameconv"), name)
+    with ServerProcess(tmp_path) as here, ServerProcess(tmp_path) as there:
+        snapshots: dict[str, pb.SealedSnapshot] = {}
+        for server, name, num_steps in ((here, "a", 1), (there, "b", 2)):
+            session = WireSession(server, name, session_id=7)
+            for observed in OBSERVED[:num_steps]:
+                session.step(observed)
+            snapshots[name] = server.stub.ExportSession(pb.ExportSessionRequest(session_id=7)).snapshot
+        # The one that is here was exported, and the other is further on; it is another session all the same.
+        assert refused(here.stub.ImportSession, pb.ImportSessionRequest(snapshot=snapshots["b"]))[1] == "SESSION_EXISTS"
+        assert [s.policy_name for s in here.stub.ListSessions(pb.ListSessionsRequest()).sessions] == ["a"]
+        here.stub.CloseSession(pb.CloseSessionRequest(session_id=7))
+        assert refused(here.stub.ImportSession, pb.ImportSessionRequest(snapshot=snapshots["b"]))[1] == "SESSION_EXISTS"
+
+
+def test_an_import_that_fails_leaves_it_known_how_the_session_ended(tmp_path: Path, repository: Path) -> None:
+    publish(tmp_path / "other", small_policy("frameconv", seed=8))
+    with ServerProcess(repository) as here, ServerProcess(tmp_path / "other") as there:
+        foreign = WireSession(there, "policy", session_id=7)
+        foreign.step(OBSERVED[0])
+        snapshot = there.stub.ExportSession(pb.ExportSessionRequest(session_id=7)).snapshot
+        session = WireSession(here, "policy", session_id=7)
+        session.step(OBSERVED[0])
+        refusal = refused(here.stub.ImportSession, pb.ImportSessionRequest(snapshot=snapshot))
+        assert refusal[1] == "SNAPSHOT_MISMATCH", "what is here has as many steps, and other weights"
+        closed = here.stub.CloseSession(pb.CloseSessionRequest(session_id=7))
+        assert refused(here.stub.ImportSession, pb.ImportSessionRequest(snapshot=snapshot))[1] == "SNAPSHOT_MISMATCH"
+        assert here.stub.CloseSession(pb.CloseSessionRequest(session_id=7)) == closed
+
+
 def test_a_snapshot_of_other_weights_is_not_imported(tmp_path: Path, repository: Path) -> None:
     publish(tmp_path / "other", small_policy("frameconv", seed=8))
     with ServerProcess(repository) as here, ServerProcess(tmp_path / "other") as there:
