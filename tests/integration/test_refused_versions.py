@@ -262,7 +262,8 @@ def test_a_training_whose_newest_version_is_refused_says_so_and_fails(server: Se
     shutil.rmtree(tmp_path / "policy")
     done = run_training(tmp_path, server)
     assert done.returncode == 1
-    [error] = done.stderr.splitlines()
+    # Ray may have something to say, too, on a machine with much to do.
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("tenuto-train: ")]
     assert error.startswith(f"tenuto-train: {server.address} refuses version 2: state: got ")
     assert error.endswith("as in the versions being served")
     assert "stopped: 1 iterations done; newest version is 2" in done.stdout.splitlines()
