@@ -297,7 +297,11 @@ class SessionTable:
         """Slots of sessions with steps that the store does not hold yet, all or those among some."""
         slots = np.arange(self.pool.num_touched) if among is None else among
         changed = self.next_index[slots].astype(np.int64) > self.durable_index[slots]
-        return slots[changed & self.pool.leased[slots] & ~self.closing[slots]]
+        changed &= self.pool.leased[slots] & ~self.closing[slots]
+        if self._arriving:
+            # Their state may never come.
+            changed &= ~np.isin(self.session_id[slots], np.array(list(self._arriving), np.uint64))
+        return slots[changed]
 
     def num_changed(self) -> int:
         """Sessions with steps that the store does not hold yet."""

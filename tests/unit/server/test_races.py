@@ -13,6 +13,7 @@ from shared_store import Engineless, Library
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.errors import Refusal
 from tenuto_server.sessions import SessionOptions, SessionTable
+from tenuto_server.snapshots import from_stored
 from tenuto_server.store import SQLiteStore
 
 OPTIONS = SessionOptions(0, 1, False)
@@ -71,6 +72,20 @@ async def test_a_session_whose_state_does_not_reach_the_device_is_not_here() -> 
     shared.policy.arena.write_row = unharmed
     await shared.durability.fetch([7])
     assert 7 in shared.policy.sessions and not shared.policy.sessions.is_arriving(7)
+
+
+async def test_a_session_is_not_written_before_its_state_is_there() -> None:
+    shared, gate = library()
+    shared.put(7, 100)
+    sealed = from_stored(shared.shelf.kept[7].snapshot)
+    gate.is_shut = True
+    adopting = asyncio.create_task(shared.durability._snapshotter.adopt(sealed))
+    await turns()
+    sessions = shared.policy.sessions
+    assert sessions.is_arriving(7) and not len(sessions.changed_slots())
+    gate.open()
+    await adopting
+    assert sessions.changed_slots().tolist() == [sessions.slot_of(7)]
 
 
 async def test_a_slot_that_changes_hands_while_a_session_arrives_keeps_what_is_its_new_ones() -> None:
