@@ -55,7 +55,7 @@ simulate: install  ## Simulate two million steps under faults, about a quarter o
 	$(BIN)/python -W ignore tests/simulation/run.py --steps 2000000 --jobs 2
 
 mutations: install  ## Plant a bug in each law and let the simulator find it, some five minutes.
-	$(BIN)/python -W ignore tests/simulation/mutations.py --jobs 2
+	$(BIN)/python -W ignore tests/simulation/mutations.py --steps 40000 --jobs 2
 
 demo: install  ## Train, publish, serve and play, live in the terminal; a few minutes.
 	$(BIN)/python examples/demo/demo.py
@@ -114,10 +114,10 @@ bench-overload: install  ## Offer a server up to ten times what it can do, about
 soak: install  ## Keep a server at three times its capacity for five minutes and watch its memory.
 	$(BIN)/python -W ignore bench/overload/run.py --soak 300 --levels 3
 
-bench-durability: install  ## Measure what each store of sessions costs, some five minutes; Redis where redis-server is installed.
+bench-durability: install  ## Measure what each store of sessions costs, some six minutes; Redis where redis-server is installed.
 	$(BIN)/python -W ignore bench/durability.py --json bench/results/durability.json
 
-chaos: install  ## Play 200 environments while their servers are killed 20 times, with both stores; some ten minutes.
+chaos: install  ## Play 200 environments while their servers are killed 20 times, with both stores; a quarter of an hour.
 	$(BIN)/python tests/chaos/run.py --json bench/results/chaos.json
 
 # Guided by coverage where atheris is installed (pip install atheris==3.0.0), which is slower.

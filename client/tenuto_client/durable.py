@@ -72,6 +72,18 @@ def mismatch(step_index: int, what: str) -> ReplayMismatchError:
     return ReplayMismatchError(f"step {step_index}, sent again after a restart, was answered with another {what}")
 
 
+def expected_index(error: StepIndexError, cursor: int, step_index: int, maybe_applied: bool) -> int | None:
+    """Return the index with which to go on after the server refused that of ``cursor``; None where there is none.
+
+    ``step_index``: of the step that is under way; ``maybe_applied``: whether it perhaps was.
+    """
+    expected = error.expected
+    if maybe_applied and cursor < step_index and expected == step_index + 1:
+        # Meanwhile another server has stored the session with this step.
+        return step_index
+    return None if expected is None or expected > step_index or expected == cursor else expected
+
+
 class StepHistory:
     """The answered steps of one session that are not known to be durable, in order; bounded."""
 
@@ -188,11 +200,8 @@ class DurableSession:
 
     def _undone_from(self, error: StepIndexError, cursor: int, step_index: int) -> int:
         """Return the index that the server expects where that is one that can be sent; else raise."""
-        expected = error.expected
-        if self._maybe_applied and cursor < step_index and expected == step_index + 1:
-            # Meanwhile another server has stored the session with this step.
-            expected = step_index
-        if expected is None or expected > step_index or expected == cursor:
+        expected = expected_index(error, cursor, step_index, self._maybe_applied)
+        if expected is None:
             raise error
         self.is_behind = True
         if expected < self.history.first_index:

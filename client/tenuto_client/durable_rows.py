@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenuto_client.batch import ObservationBatch, Rows
-from tenuto_client.durable import mismatch, not_kept, num_kept, too_late, waits_out, waits_out_restart
+from tenuto_client.durable import (
+    expected_index,
+    mismatch,
+    not_kept,
+    num_kept,
+    too_late,
+    waits_out,
+    waits_out_restart,
+)
 from tenuto_client.effects import Call, Calls, Program
 from tenuto_client.errors import (
     SessionExistsError,
@@ -171,11 +179,8 @@ class DurableRows:
         step_index, first_kept = int(self._open.step_indices[row]), int(self.history.first_kept[row])
         cursor = int(self._cursors[row]) if self._is_behind[row] else step_index
         if isinstance(error, StepIndexError):
-            expected = error.expected
-            if maybe_applied and cursor < step_index and expected == step_index + 1:
-                # Meanwhile another server has stored the session with this step.
-                expected = step_index
-            if expected is None or expected > step_index or expected == cursor:
+            expected = expected_index(error, cursor, step_index, maybe_applied)
+            if expected is None:
                 return error, False
             self._is_behind[row] = True
             if expected < first_kept:

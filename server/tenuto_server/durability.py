@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from itertools import compress
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import Slots
 from tenuto_server.engine import Engine
-from tenuto_server.errors import FatalError, Refusal, SnapshotError, StoreError
+from tenuto_server.errors import Refusal, SnapshotError, StoreError
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
 from tenuto_server.snapshots import (
@@ -195,28 +196,21 @@ class Durability:
             try:
                 await asyncio.wait_for(stop.wait(), pause_s)
             except asyncio.TimeoutError:
-                try:
-                    await self.flush()
-                except Exception:
-                    self._num_failures += 1
-                    self._metrics.snapshot_failures.inc()
-                    log.exception("sessions are not saved")
+                await self.flush()
 
     async def flush(self) -> bool:
         """Write what has changed, each session once. Returns whether the store holds everything as it was when this
-        began.
+        began; what keeps it from that is told, counted, and tried again by the next.
         """
         async with self._one_at_a_time:
             began_s = self._clock()
             error: Exception | None = None
-            for policy in self._registry:
-                # One policy whose sessions cannot be read is not to keep those of the others from the store.
-                error = await self._try_to_save(policy) or error
-            try:
-                if self._ended:
-                    await self._write(None, None)
-            except StoreError as caught:
-                error = caught
+            # One policy whose sessions cannot be read is not to keep those of the others from the store.
+            for save in (*(partial(self._save_changed, policy) for policy in self._registry), self._drop_ended):
+                try:
+                    await save()
+                except Exception as caught:  # noqa: BLE001 (whatever it was, it is told and tried again)
+                    error = caught
             if error is not None:
                 self._metrics.snapshot_failures.inc()
                 # Once for each outage.
@@ -231,20 +225,17 @@ class Durability:
             self._metrics.snapshot_seconds.series[""].observe(self._clock() - began_s)
             return True
 
-    async def _try_to_save(self, policy: ServedPolicy) -> Exception | None:
-        """Write what has changed of a policy's sessions; returns what kept it from that."""
+    async def _save_changed(self, policy: ServedPolicy) -> None:
         changed = policy.sessions.changed_slots()
-        try:
-            for first in range(0, len(changed), _GROUP):
-                # Some have ended since.
-                slots = policy.sessions.changed_slots(changed[first : first + _GROUP])
-                if len(slots):
-                    await self._save(policy, slots)
-        except FatalError:
-            raise
-        except Exception as error:  # noqa: BLE001 (whatever it was, it is told and tried again)
-            return error
-        return None
+        for first in range(0, len(changed), _GROUP):
+            # Some have ended since.
+            slots = policy.sessions.changed_slots(changed[first : first + _GROUP])
+            if len(slots):
+                await self._save(policy, slots)
+
+    async def _drop_ended(self) -> None:
+        if self._ended:
+            await self._write(None, None)
 
     async def _save(self, policy: ServedPolicy, slots: Slots) -> None:
         group = await self._snapshotter.take(policy, slots)
@@ -347,11 +338,8 @@ class Durability:
                     found: list[StoredSession] = await self._io(lambda: self._store.read(mine))
                 except StoreError as error:
                     # Once for each outage.
-                    log.log(
-                        logging.DEBUG if self._cannot_look else logging.ERROR,
-                        "sessions cannot be looked for: %s",
-                        error,
-                    )
+                    level = logging.DEBUG if self._cannot_look else logging.ERROR
+                    log.log(level, "sessions cannot be looked for: %s", error)
                     self._cannot_look = True
                     raise Refusal(pb.STORE_UNAVAILABLE, "the store of sessions does not answer") from error
                 self._cannot_look = False
@@ -403,8 +391,6 @@ class Durability:
             log.error("session %d is not restored: %s", stored.session_id, error)
             self._refused[stored.session_id] = stored.num_steps
             return False
-        except FatalError:
-            raise
         except Exception as error:
             log.exception("session %d is not restored yet", stored.session_id)
             raise Refusal(pb.STORE_UNAVAILABLE, "the session could not be restored; try again") from error

@@ -132,6 +132,11 @@ def unknown_session(session_id: int, server_epoch: int) -> Refusal:
     return Refusal(pb.SESSION_UNKNOWN, message, {"server_epoch": str(server_epoch)})
 
 
+def session_arriving(session_id: int) -> Refusal:
+    """Refuse what a session's state is needed for while that is on its way to the device."""
+    return Refusal(pb.STORE_UNAVAILABLE, f"session {session_id}: is just being restored")
+
+
 def session_exists(session_id: int) -> Refusal:
     """Refuse to open a session whose id is in use; the text is the same whosever it is."""
     return Refusal(pb.SESSION_EXISTS, f"session {session_id}: exists with other options or steps taken")

@@ -352,7 +352,7 @@ class Server:
         """Answer the steps that run, then write every session, until the deadline or a second signal."""
         log.info("draining: saving %d sessions, at most %g s", self._num_sessions(), self.config.drain_timeout_s)
         self.intake.end_turn()
-        while not (self.stepper.batcher.idle and await self._flush(durability)):
+        while not (self.stepper.batcher.idle and await durability.flush()):
             if time.monotonic() >= deadline_s or self._hurry.is_set():
                 left = sum(policy.sessions.num_changed() for policy in self.registry)
                 log.error("%d sessions were not saved as they are at the end of the drain", left)
@@ -360,16 +360,6 @@ class Server:
                 return
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), _DRAIN_LOOK_S)
-
-    @staticmethod
-    async def _flush(durability: Durability) -> bool:
-        try:
-            return await durability.flush()
-        except FatalError as error:
-            _end_at_once(error)
-        except Exception:
-            log.exception("sessions are not saved")
-        return False
 
     def _num_sessions(self) -> int:
         """Sessions that may have an episode running: those that have taken a step."""

@@ -22,7 +22,7 @@ from tenuto_server.batch_queue import Ticket
 from tenuto_server.calls import Answer, StepCall
 from tenuto_server.durability import Durability, Snapshotter
 from tenuto_server.engine import Engine
-from tenuto_server.errors import Refusal, session_exists, unknown_session
+from tenuto_server.errors import Refusal, session_arriving, session_exists, unknown_session
 from tenuto_server.intake import Intake
 from tenuto_server.metrics import Metrics
 from tenuto_server.policies import PolicyRegistry, ServedPolicy
@@ -178,7 +178,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         sessions = policy.sessions
         slot = sessions.find(request.session_id, owner)
         if sessions.is_arriving(request.session_id):
-            raise Refusal(pb.STORE_UNAVAILABLE, f"session {request.session_id}: is just being restored")
+            raise session_arriving(request.session_id)
         generation, was_exported = sessions.pool.generation[slot], bool(sessions.exported[slot])
         sessions.exported[slot] = True
         try:
@@ -214,8 +214,9 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             if snapshot.next_step_index == policy.sessions.next_index[slot]:
                 # It is here as it is there: the export is taken back, or this is the same import again.
                 check_fit(snapshot, policy)
-                if not policy.sessions.is_arriving(session_id):
-                    policy.sessions.exported[slot] = False
+                if policy.sessions.is_arriving(session_id):
+                    raise session_arriving(session_id)
+                policy.sessions.exported[slot] = False
                 return self._imported(policy, slot)
         admit = partial(self._admit_import, principal, snapshot)
         policy, slot = await self._snapshotter.adopt(request.snapshot, principal.name, admit=admit)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server.arena import SlotPool, Slots
-from tenuto_server.errors import Refusal, session_exists, unknown_session
+from tenuto_server.errors import Refusal, session_arriving, session_exists, unknown_session
 
 if TYPE_CHECKING:
     from tenuto_server.batch_queue import Ticket
@@ -415,7 +415,7 @@ class SessionTable:
             return self._refuse_unknown(session_id, self._owner_names[owner])
         expected = int(self.next_index[slot])
         if session_id in self._arriving:
-            return Refusal(pb.STORE_UNAVAILABLE, f"session {session_id}: is just being restored")
+            return session_arriving(session_id)
         if self.exported[slot]:
             return Refusal(pb.SESSION_EXPORTED, f"session {session_id}: was exported after {expected} steps")
         if self.busy[slot]:

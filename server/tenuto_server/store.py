@@ -166,4 +166,5 @@ def open_store(url: str, lifetime_s: float) -> SnapshotStore:
 
         return RedisStore(url, lifetime_s)
     # The rest may hold a password.
-    raise ConfigurationError(f"durability: got {scheme!r} of something, expected sqlite:PATH or redis://HOST:PORT/DB")
+    message = "expected sqlite:PATH or redis://HOST:PORT/DB"
+    raise ConfigurationError(f"durability: got {scheme!r} before the first colon, or nothing after it, {message}")

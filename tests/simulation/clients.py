@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,7 +53,7 @@ class SimulatedVectorPolicy(AsyncRemoteVectorPolicy):
         self.rows = self._rows = SessionRows(options, num_envs)
 
 
-class Client:
+class Client(ABC):
     """What all have in common. ``is_last``: a few more steps and it is done."""
 
     def __init__(self, world: Any, name: str) -> None:
@@ -82,14 +83,29 @@ class Client:
         """The sessions that are open, as they should be."""
         return ()
 
+    @abstractmethod
     async def play(self) -> None:
-        raise NotImplementedError
+        """Do what this client does until its world ends."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 (who has none has nothing to do)
         """End the sessions."""
 
 
-class OneEnv(Client):
+class Player(Client):
+    """A client with environments, which goes on for a few steps when it is told to end."""
+
+    async def play(self) -> None:
+        while not self.is_last:
+            await self._step()
+            await self.think()
+        for _ in range(3):
+            await self._step()
+
+    @abstractmethod
+    async def _step(self) -> None: ...
+
+
+class OneEnv(Player):
     """One environment with a policy of its own."""
 
     def __init__(self, world: Any, name: str, *, stream: bool) -> None:
@@ -105,13 +121,6 @@ class OneEnv(Client):
 
     def chains(self) -> Iterable[Chain]:
         return () if self._chain is None or not self.policy.session_id else (self._chain,)
-
-    async def play(self) -> None:
-        while not self.is_last:
-            await self._step()
-            await self.think()
-        for _ in range(3):
-            await self._step()
 
     async def _step(self) -> None:
         seen, begins = self.seen(), self.begins()
@@ -184,7 +193,7 @@ class OneEnv(Client):
         await self.policy.close()
 
 
-class ManyEnvs(Client):
+class ManyEnvs(Player):
     """Environments that step together."""
 
     def __init__(self, world: Any, name: str, *, stream: bool) -> None:
@@ -198,13 +207,6 @@ class ManyEnvs(Client):
     def chains(self) -> Iterable[Chain]:
         ids = self.policy.session_ids
         return [c for c in self._chains if c is not None and c.session_id in ids]
-
-    async def play(self) -> None:
-        while not self.is_last:
-            await self._step()
-            await self.think()
-        for _ in range(3):
-            await self._step()
 
     async def _step(self) -> None:
         n, world = self._n, self.world

@@ -144,7 +144,7 @@ MUTATIONS = (
     Mutation("the vector client keeps one step too few", _CLIENT + "durable_rows:RowHistory.forget",
              "np.maximum(self.first_kept[rows], durable_steps)",
              "np.maximum(self.first_kept[rows], durable_steps + (durable_steps > 0))", laws.LOST),
-    Mutation("the vector client gives up where another server was faster", _CLIENT + "durable_rows:DurableRows.refused",
+    Mutation("the client gives up where another server was faster", _CLIENT + "durable:expected_index",
              "if maybe_applied and cursor < step_index and expected == step_index + 1:", "if False:", laws.ERROR,
              "shared"),
 )  # fmt: skip

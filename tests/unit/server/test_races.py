@@ -133,8 +133,7 @@ async def test_whatever_a_store_fails_with_the_ended_sessions_are_dropped_from_i
 
     shared.durability._store = Broken()
     shared.durability.end(7, 4)
-    with pytest.raises(OSError):
-        await shared.durability.flush()
+    assert not await shared.durability.flush()
     assert shared.durability._ended == {7: 4}
 
 
