@@ -87,7 +87,8 @@ class Client(ABC):
     async def play(self) -> None:
         """Do what this client does until its world ends."""
 
-    async def close(self) -> None:  # noqa: B027 (who has none has nothing to do)
+    @abstractmethod
+    async def close(self) -> None:
         """End the sessions."""
 
 
