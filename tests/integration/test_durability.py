@@ -18,8 +18,10 @@ from redis_process import RedisProcess
 from serving import ServerProcess, publish, small_policy, wait_until
 from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
+from tenuto_server import tokens
+from tenuto_server.principals import Principal
 from tenuto_server.snapshots import seal
-from wire import WireSession, observations, refused
+from wire import CODEC, WireSession, observations, refused
 
 N = 12
 OBSERVED = observations(2 * N, seed=5)
@@ -333,6 +335,30 @@ def test_an_import_that_fails_leaves_it_known_how_the_session_ended(tmp_path: Pa
         closed = here.stub.CloseSession(pb.CloseSessionRequest(session_id=7))
         assert refused(here.stub.ImportSession, pb.ImportSessionRequest(snapshot=snapshot))[1] == "SNAPSHOT_MISMATCH"
         assert here.stub.CloseSession(pb.CloseSessionRequest(session_id=7)) == closed
+
+
+def test_imports_that_wait_for_a_version_together_keep_to_the_quota(tmp_path: Path) -> None:
+    publish(tmp_path / "repository", small_policy("frameconv"))
+    token = tokens.add(tmp_path / "tokens.json", Principal("robot", max_sessions=2))
+    metadata = (("authorization", f"Bearer {token}"),)
+    with ServerProcess(tmp_path / "repository", "--tokens", str(tmp_path / "tokens.json")) as server:
+        stub, ask = server.stub, pb.GetPolicyRequest()
+        session_id = stub.OpenSession(pb.OpenSessionRequest(), metadata=metadata).session_id
+        step = pb.StepRequest(session_id=session_id, observation=CODEC.pack(OBSERVED[0]))
+        stub.Step(step, metadata=metadata)
+        exported = stub.ExportSession(pb.ExportSessionRequest(session_id=session_id), metadata=metadata).snapshot
+        publish(tmp_path / "repository", small_policy("frameconv", seed=1))
+        wait_until(lambda: stub.GetPolicy(ask, metadata=metadata).version == 2, "the next version")
+        stub.CloseSession(pb.CloseSessionRequest(session_id=session_id), metadata=metadata)
+        wait_until(lambda: list(stub.GetPolicy(ask, metadata=metadata).versions) == [2], "the first one to be dropped")
+        snapshot, imports = pb.SessionSnapshot.FromString(exported.snapshot), list[Any]()
+        for number in range(20):
+            snapshot.session_id = 100 + number
+            request = pb.ImportSessionRequest(snapshot=seal(snapshot))
+            imports.append(stub.ImportSession.future(request, metadata=metadata, timeout=60))
+        codes = [call.code() for call in imports]
+        assert codes.count(grpc.StatusCode.OK) == 2 and codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 18
+        assert len(stub.ListSessions(pb.ListSessionsRequest(), metadata=metadata).sessions) == 2
 
 
 def test_a_snapshot_of_other_weights_is_not_imported(tmp_path: Path, repository: Path) -> None:
