@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from redis_process import RedisProcess
-from serving import ServerProcess, publish, small_policy, wait_until
+from serving import ServerProcess, hanging_while_exists, publish, small_policy, wait_until
 from tenuto_proto import array_to_wire
 from tenuto_proto.v1 import policy_pb2 as pb
 from tenuto_server import tokens
@@ -113,7 +113,6 @@ def test_a_stopped_server_saves_every_session_and_the_next_goes_on(tmp_path: Pat
 
 def test_a_draining_server_lets_no_step_in_but_answers_the_last(tmp_path: Path, repository: Path) -> None:
     hang = tmp_path / "hang"
-    from serving import hanging_while_exists
 
     with ServerProcess(
         repository, "--durability", f"sqlite:{tmp_path / 's.db'}", fault=hanging_while_exists(hang)
